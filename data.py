@@ -1,0 +1,886 @@
+"""Everything about files, sampling and batches: which data sets there are, how a clip or an image is read, what is
+random about a sample, and how single-source mini-batches are interleaved.
+
+It reads in the order in which data flows: the catalogue says where files lie, a split file becomes `Samples`, a
+reader turns one file into uint8 pixels, augmentation cuts out what the model sees, and `schedule_epoch` deals
+micro-batches of one source each. The second half draws the synthetic faces that stand in for the real sets.
+
+`python data.py synthetic --data-root data` writes the synthetic faces; training makes them on first use as well.
+
+B batch    T frames of a clip    H x W pixels    n frames of a whole video    v views of one sample
+"""
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from model import IMAGE_MEAN, IMAGE_STD, Size
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message names the file, the value found and what was expected."""
+
+
+# ------------------------------------------------------------------------------------------------------- catalogue
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a data set lies below the data root, and what its labels mean.
+
+    media: folders that may hold the samples, best first, each with the stride that belongs to it. train, test: split
+    files, "{fold}" = 1 to `folds`. None = no labels: every file below `media` that matches `pattern` is a sample.
+    crop: the part of a frame that stage 1 sees, as fractions (top, left, height, width).
+    """
+    modality: str
+    classes: tuple[str, ...]
+    media: tuple[tuple[str, int], ...]
+    train: str | None = None
+    test: str | None = None
+    folds: int = 1
+    one_based: bool = False                 # labels that start at 1 are known to occur
+    pattern: str = ""
+    crop: tuple[float, float, float, float] = (0, 0, 1, 1)
+
+
+DFEW = DataSet(
+    "video", ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"),
+    # clip_224x224_16f holds 16 frames that its authors sampled: at stride 4 only 4 of them would be distinct.
+    (("DFEW/clip_jpg_256", 4), ("DFEW/Clip/clip_224x224_16f", 1)),
+    "DFEW/EmoLabel_DataSplit/train(single-labeled)/train_set_{fold}.csv",
+    "DFEW/EmoLabel_DataSplit/test(single-labeled)/test_set_{fold}.csv", folds=5, one_based=True)
+AFFECTNET_7 = DataSet(
+    "image", ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger"),
+    (("AffectNet/Manually_Annotated_Images", 1),),
+    "AffectNet/train_affectnet7.txt", "AffectNet/test_affectnet7.txt")
+# Rows 0-160 and columns 32-192 of VoxCeleb2's 224 x 224 frames, as the released code and MAE-DFER cut them.
+VOXCELEB2 = DataSet("video", (), (("VoxCeleb2", 4),), pattern="id*/*/*.mp4", crop=(0, 1 / 7, 5 / 7, 5 / 7))
+
+
+def below(folder: str, dataset: DataSet, stride: int) -> DataSet:
+    """The same layout in a folder of its own, with another stride."""
+    def move(path):
+        return path and f"{folder}/{path}"
+    return replace(dataset, media=tuple((move(path), stride) for path, _ in dataset.media),
+                   train=move(dataset.train), test=move(dataset.test))
+
+
+CATALOGUE = {
+    "dfew": DFEW,
+    "ferv39k": DataSet(
+        "video", ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"),
+        (("FERV39K/2_ClipsforFaceCrop", 1),), "FERV39K/Annotation/train.csv", "FERV39K/Annotation/test.csv"),
+    "mafw": DataSet(
+        "video", ("anger", "anxiety", "contempt", "disappointment", "disgust", "fear", "happiness", "helplessness",
+                  "neutral", "sadness", "surprise"),
+        (("MAFW/frames_crop_align_224", 4),), "MAFW/anno/single/no_caption/set_{fold}/train.csv",
+        "MAFW/anno/single/no_caption/set_{fold}/test.csv", folds=5),
+    "affectnet-7": AFFECTNET_7,
+    "affectnet-8": replace(AFFECTNET_7, classes=(*AFFECTNET_7.classes, "contempt"),
+                           train="AffectNet/train_affectnet8.txt", test="AffectNet/test_affectnet8.txt"),
+    "voxceleb2": VOXCELEB2,
+    "synthetic": below("synthetic", DFEW, 2),
+    "synthetic-images": below("synthetic", AFFECTNET_7, 1),
+    "synthetic-unlabelled": below("synthetic", VOXCELEB2, 2),
+}
+NAMES = {mode: [name for name, entry in CATALOGUE.items() if entry.modality == mode] for mode in ("image", "video")}
+
+
+@dataclass
+class Samples:
+    """The samples of one split. Names are bytes in one numpy array: loading processes then share their memory."""
+    name: str                               # of the data set
+    root: Path                              # folder that the names are relative to
+    names: np.ndarray                       # (n,) bytes: image files, video files or folders of frames
+    labels: np.ndarray                      # (n,) int64, -1 where there are none
+    stride: int
+    notes: tuple[str, ...] = ()             # what was recognised, to be printed
+
+    @property
+    def dataset(self) -> DataSet:
+        return CATALOGUE[self.name]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(bytes(self.names[index]))
+
+    def subset(self, index: np.ndarray) -> "Samples":
+        return replace(self, names=self.names[index], labels=self.labels[index])
+
+    def counts(self) -> list[int]:
+        return np.bincount(self.labels, minlength=len(self.dataset.classes)).tolist()
+
+
+def read_split(path: Path) -> tuple[list[str], np.ndarray]:
+    """Names and integer labels of a split file: .csv "name,label" or .txt "name label", a header line or none.
+
+    DataError where the file is empty, a line has no label, or a label is no whole number.
+    """
+    separator = "," if path.suffix == ".csv" else None
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    rows = [line.rsplit(separator, 1) for line in lines]
+    if rows and not re.fullmatch(r"[+-]?\d+", rows[0][-1].strip()):
+        rows = rows[1:]                     # "video_name,label", "path,id" or "video_name,labels"
+    if not rows:
+        raise DataError(f"{path} holds no samples: expected lines of name{separator or ' '}label")
+    for number, row in enumerate(rows, start=len(lines) - len(rows) + 1):
+        if len(row) != 2 or not re.fullmatch(r"[+-]?\d+", row[1].strip()):
+            raise DataError(f"{path}, line {number}: {lines[number - 1]!r}: expected name{separator or ' '}label "
+                            "with a whole number as label")
+    return [row[0].strip() for row in rows], np.array([int(row[1]) for row in rows])
+
+
+def zero_based(labels: np.ndarray, dataset: DataSet, path: Path) -> tuple[np.ndarray, str]:
+    """Labels 0 to C - 1 and a note on what was found; DataError for anything else, before any training."""
+    n, found = len(dataset.classes), f"{path}: labels run from {labels.min()} to {labels.max()}"
+    if labels.min() == 1 and labels.max() == n:
+        if dataset.one_based:
+            return labels - 1, f"{found}: counted from 1, mapped to 0 to {n - 1}"
+        raise DataError(f"{found}, but must run from 0 to {n - 1} ({', '.join(dataset.classes)}): "
+                        "they seem to be counted from 1; subtract 1")
+    if labels.min() < 0 or labels.max() >= n:
+        wrong = int(labels[(labels < 0) | (labels >= n)][0])
+        raise DataError(f"{path}: label {wrong} is out of range: {n} classes have labels 0 to {n - 1} "
+                        f"({', '.join(f'{i} {c}' for i, c in enumerate(dataset.classes))})")
+    return labels, found
+
+
+def locate(root: Path, names: list[str], modality: str, split: Path) -> list[str]:
+    """The files or folders that the names of a split stand for. DataError names those that are missing.
+
+    Clips: a folder of frames, or .mp4 or .avi in its place; numbers with or without leading zeros.
+    """
+    suffixes = [""] if modality == "image" else ["", ".mp4", ".avi"]
+    found, missing = [], []
+    for name in names:
+        spellings = [name] if modality == "image" else dict.fromkeys([name, name.zfill(5), name.lstrip("0") or "0"])
+        for candidate in (spelling + suffix for spelling in spellings for suffix in suffixes):
+            if os.path.exists(root / candidate):
+                found.append(candidate)
+                break
+        else:
+            missing.append(name)
+    if missing:
+        raise DataError(f"{len(missing)} of the {len(names)} samples in {split} are not in {root}: "
+                        f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} (looked for "
+                        f"{missing[0]}{' as a folder of frames, .mp4 or .avi' if modality == 'video' else ''})")
+    return found
+
+
+def load_samples(name: str, data_root: Path, split: str, fold: int = 1) -> Samples:
+    """All samples of a data set's "train" or "test" split. DataError if anything that it needs is missing or odd."""
+    if name not in CATALOGUE:
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}")
+    dataset, data_root = CATALOGUE[name], Path(data_root)
+    if not 1 <= fold <= dataset.folds:
+        raise DataError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
+    root, stride = next(((data_root / path, stride) for path, stride in dataset.media
+                         if (data_root / path).is_dir()), (None, 0))
+    if root is None:
+        raise DataError(missing_message(name, data_root, fold, "none of its media folders is there"))
+    if dataset.train is None:
+        names = sorted(str(path.relative_to(root)) for path in root.glob(dataset.pattern))
+        if not names:
+            raise DataError(missing_message(name, data_root, fold, f"no file {dataset.pattern} in {root}"))
+        return Samples(name, root, np.array([os.fsencode(n) for n in names]), np.full(len(names), -1), stride)
+
+    path = data_root / getattr(dataset, split).format(fold=fold)
+    if not path.is_file():
+        raise DataError(missing_message(name, data_root, fold, f"{path} is not there"))
+    names, labels = read_split(path)
+    labels, note = zero_based(labels, dataset, path)
+    names = locate(root, names, dataset.modality, path)
+    notes = [note]
+    if root != data_root / dataset.media[0][0]:
+        notes.append(f"{root}: 16 frames sampled by the data set's authors, so stride {stride}")
+    return Samples(name, root, np.array([os.fsencode(n) for n in names]), labels, stride, tuple(notes))
+
+
+def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
+    dataset = CATALOGUE[name]
+    wanted = [f"  {data_root / path}/{dataset.pattern}" for path, _ in dataset.media]
+    wanted += [f"  {data_root / path.format(fold=fold)}" for path in (dataset.train, dataset.test) if path]
+    return "\n".join([f"data set {name} not found: {reason}. Looked below --data-root {data_root} for", *wanted,
+                      "To run the same on synthetic faces, which need no download, give --dataset synthetic"])
+
+
+# --------------------------------------------------------------------------------------------------------- readers
+
+def natural(name: str) -> list:
+    """Sort key that puts frame 2 before frame 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """An image as uint8 (3, H, W), upright; whatever its name says, its content decides the format."""
+    try:
+        return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:
+        pass                                # formats that torchvision lacks, such as AffectNet's BMP and TIFF
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+
+
+def read_clip(path: Path, choose) -> torch.Tensor:
+    """Some frames of a video file or of a folder of frames, uint8 (T, 3, H, W).
+
+    choose: a function from the number of frames n to the T frame numbers wanted, in any order, repeats allowed.
+    DataError names a file that cannot be decoded or has fewer frames than it says.
+    """
+    if path.is_dir():
+        files = sorted((f for f in os.listdir(path) if f.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))),
+                       key=natural)
+        if not files:
+            raise DataError(f"{path} holds no frames (.jpg, .jpeg, .png or .bmp)")
+        wanted = choose(len(files))
+        frames = {i: read_image(path / files[i]) for i in sorted(set(wanted))}
+        if len({frame.shape for frame in frames.values()}) > 1:
+            raise DataError(f"{path}: frames of different sizes: {sorted({tuple(f.shape) for f in frames.values()})}")
+        return torch.stack([frames[i] for i in wanted])
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path} has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_count = 1         # loading processes run side by side already
+            total = sum(packet.size > 0 for packet in container.demux(stream))  # what is there, not what is declared
+            container.seek(0)
+            wanted = choose(total) if total else []
+            to_rgb = VideoReformatter()     # one for all frames: it keeps its conversion tables
+            frames, last = {}, max(wanted, default=-1)
+            for i, frame in enumerate(container.decode(stream)):
+                if i in wanted:             # only these become RGB
+                    frames[i] = torch.from_numpy(to_rgb.reformat(frame, format="rgb24").to_ndarray())
+                if i >= last:
+                    break
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"{path} cannot be decoded: {error}") from error
+    if not wanted or len(frames) < len(set(wanted)):
+        raise DataError(f"{path} is truncated: frame {last} of {total} cannot be decoded")
+    return torch.stack([frames[i] for i in wanted]).permute(0, 3, 1, 2)
+
+
+# -------------------------------------------------------------------------------------------------- clip sampling
+
+def train_frames(n: int, frames: int, stride: int) -> list[int]:
+    """Frame numbers of a training clip out of n: spread evenly over a random window, or all with the last repeated."""
+    window = frames * stride
+    if n > window:
+        start = int(torch.randint(n - window + 1, ()))
+        return np.linspace(start, start + window - 1, frames).round().astype(int).tolist()
+    return pad(list(range(0, n, stride)), frames)
+
+
+def pretrain_frames(n: int, frames: int, stride: int) -> list[int]:
+    """Frame numbers of a stage-1 clip: every stride-th frame from a random start, the last repeated if n is short."""
+    start = int(torch.randint(max(1, n - (frames - 1) * stride), ()))
+    return pad(list(range(start, n, stride))[:frames], frames)
+
+
+def test_frames(n: int, frames: int, stride: int) -> list[int]:
+    """Two clips per video, uniformly sampled: the first and the last `frames` of every stride-th frame, joined."""
+    every = pad(list(range(0, n, stride)), frames)
+    return every[:frames] + every[-frames:]
+
+
+def pad(numbers: list[int], length: int) -> list[int]:
+    return numbers + numbers[-1:] * (length - len(numbers))
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+class Crop(torch.nn.Module):
+    """A fixed part of every frame, as fractions (top, left, height, width) of its size."""
+
+    def __init__(self, box: tuple[float, float, float, float]):
+        super().__init__()
+        self.box = box
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (top, left, height, width), (h, w) = self.box, x.shape[-2:]
+        return v2.functional.crop(x, round(top * h), round(left * w), round(height * h), round(width * w))
+
+
+def augmentation(stage: str, dataset: DataSet, pixels: int, strength: str) -> v2.Transform:
+    """uint8 (..., 3, h, w) -> uint8 (..., 3, pixels, pixels); one draw serves all frames of a clip.
+
+    stage: "pretrain", "finetune" or "test". strength, for "finetune": "paper", or "light" (crop and flip only), for
+    training that takes minutes instead of days.
+    """
+    bicubic = v2.InterpolationMode.BICUBIC
+    if stage == "test":
+        return v2.Resize((pixels, pixels), antialias=True)
+    if stage == "pretrain" and dataset.modality == "image":
+        return v2.Compose([v2.RandomResizedCrop(pixels, scale=(0.2, 1), interpolation=bicubic),
+                           v2.RandomHorizontalFlip()])
+    if stage == "pretrain":
+        # The released code resizes the short side to 192 in between, which changes no crop's place: left out.
+        return v2.Compose([Crop(dataset.crop), v2.RandomResizedCrop(pixels, scale=(0.08, 1))])
+    resize = v2.Resize((pixels * 6 // 5,) * 2, antialias=True)              # 192 for 160
+    if strength == "light":
+        return v2.Compose([resize, v2.RandomCrop(pixels), v2.RandomHorizontalFlip()])
+    erase = v2.RandomErasing(p=0.25, value=[round(255 * mean) for mean in IMAGE_MEAN])
+    if dataset.modality == "image":
+        return v2.Compose([resize, v2.RandomCrop(pixels), v2.RandomHorizontalFlip(), randaugment(2, 9), erase])
+    return v2.Compose([v2.Resize((pixels, pixels), antialias=True), randaugment(4, 7),
+                       v2.RandomResizedCrop(pixels, scale=(0.08, 1)), v2.RandomHorizontalFlip(), erase])
+
+
+def randaugment(operations: int, magnitude: int) -> v2.Transform:
+    """'rand-m{magnitude}-n{operations}': magnitudes run to 10, and each operation is applied with probability 1/2."""
+    one = v2.RandAugment(num_ops=1, magnitude=magnitude, num_magnitude_bins=11)
+    return v2.Compose([v2.RandomApply([one], p=0.5) for _ in range(operations)])
+
+
+def to_float(x: torch.Tensor) -> torch.Tensor:
+    """uint8 images (B, 3, H, W) or clips (B, T, 3, H, W) -> normalised float, clips as (B, 3, T, H, W)."""
+    shape = (3, 1, 1)
+    mean, std = x.new_tensor(IMAGE_MEAN, dtype=torch.float32), x.new_tensor(IMAGE_STD, dtype=torch.float32)
+    x = (x / 255 - mean.view(shape)) / std.view(shape)
+    return x if x.ndim == 4 else x.transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------- single-source mini-batches
+
+@dataclass
+class Source:
+    """One data set as training draws from it."""
+    samples: Samples
+    batch: int                              # samples of an optimiser step, over all processes
+    micro: int                              # samples of a micro-batch
+    share: float = 1.0                      # of the set that an epoch sees
+    repeats: int = 1                        # differently augmented views of each sample that is read
+    balanced: bool = False                  # draw classes equally often, with replacement
+
+    def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """The epoch's batches of sample numbers; a set smaller than a batch is one batch, other remainders are left."""
+        n = len(self.samples)
+        reads = max(1, round(self.share * n / self.repeats))
+        if self.balanced:
+            weight = 1 / np.maximum(self.samples.counts(), 1)[self.samples.labels]
+            order = rng.choice(n, size=reads, p=weight / weight.sum())
+        else:
+            order = np.concatenate([rng.permutation(n) for _ in range(-(-reads // n))])[:reads]
+        size = min(max(1, self.batch // self.repeats), reads)
+        return [order[i * size:(i + 1) * size] for i in range(reads // size)]
+
+
+@dataclass
+class MicroBatch:
+    """What one process computes at once. Its place in the epoch, not the process that holds it, seeds its draws."""
+    source: str                             # "image" or "video"
+    epoch: int
+    step: int                               # of the epoch
+    place: int                              # of the step's micro-batches
+    index: np.ndarray                       # sample numbers
+    weight: float                           # share of the step's samples; 0 for a process that has none to compute
+    last: bool                              # the process's last of this step
+    seed: int                               # of masks, mixing and gate noise
+
+    def sample_seed(self, i: int) -> int:
+        return draw_seed(self.seed, i)
+
+
+def draw_seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+def schedule_epoch(sources: dict[str, Source], seed: int, epoch: int) -> list[list[MicroBatch]]:
+    """An epoch's optimiser steps, each of one source, in random order; the same for any number of processes."""
+    rng = np.random.default_rng([seed, epoch])
+    batches = {name: source.draw(rng) for name, source in sources.items()}
+    order = rng.permutation([name for name, drawn in batches.items() for _ in drawn])
+    steps = []
+    for step, name in enumerate(order.tolist()):
+        index = batches[name].pop()
+        size = max(1, sources[name].micro // sources[name].repeats)
+        parts = [index[i:i + size] for i in range(0, len(index), size)]
+        steps.append([MicroBatch(name, epoch, step, place, part, len(part) / len(index), False,
+                                 draw_seed(seed, epoch, step, place)) for place, part in enumerate(parts)])
+    return steps
+
+
+class Schedule(torch.utils.data.Sampler):
+    """This process's micro-batches from a given (epoch, step) to the end of training."""
+
+    def __init__(self, sources: dict[str, Source], seed: int, epochs: int, rank: int, world: int,
+                 epoch: int = 0, step: int = 0):
+        self.sources, self.seed, self.epochs, self.start = sources, seed, epochs, (epoch, step)
+        self.rank, self.world = rank, world
+
+    def steps_per_epoch(self) -> int:
+        return len(schedule_epoch(self.sources, self.seed, 0))
+
+    def __iter__(self):
+        for epoch in range(self.start[0], self.epochs):
+            steps = schedule_epoch(self.sources, self.seed, epoch)
+            for step in steps[self.start[1] if epoch == self.start[0] else 0:]:
+                # A process without a micro-batch repeats the first with weight 0: DDP waits for every process.
+                mine = step[self.rank::self.world] or [replace(step[0], weight=0.0)]
+                yield from mine[:-1]
+                yield replace(mine[-1], last=True)
+
+
+class TrainingData(torch.utils.data.Dataset):
+    """Reads and augments whole micro-batches: data[micro_batch] -> (micro_batch, x uint8, labels, unreadable)."""
+
+    def __init__(self, sources: dict[str, Source], stage: str, size: Size, strength: str = "paper"):
+        self.sources, self.frames = sources, size.frames
+        self.choose = pretrain_frames if stage == "pretrain" else train_frames
+        self.augment = {name: augmentation(stage, source.samples.dataset, size.pixels, strength)
+                        for name, source in sources.items()}
+
+    def __getitem__(self, micro: MicroBatch):
+        """x: (B, 3, H, W) or (B, T, 3, H, W) with `repeats` views of each sample in a row. Samples that cannot be
+        read are left out and their errors returned; DataError if none is left."""
+        source, samples = self.sources[micro.source], self.sources[micro.source].samples
+        views, labels, unreadable = [], [], []
+        for i, index in enumerate(micro.index):
+            torch.manual_seed(micro.sample_seed(i))
+            try:
+                x = self.read(samples, index)
+            except DataError as error:
+                unreadable.append(str(error))
+                continue
+            views += [self.augment[micro.source](x) for _ in range(source.repeats)]
+            labels += [int(samples.labels[index])] * source.repeats
+        if not views:
+            raise DataError(f"no sample of a micro-batch can be read: {unreadable[0]}")
+        return micro, torch.stack(views), torch.tensor(labels), unreadable
+
+    def read(self, samples: Samples, index: int) -> torch.Tensor:
+        if samples.dataset.modality == "image":
+            return read_image(samples.path(index))
+        return read_clip(samples.path(index), partial(self.choose, frames=self.frames, stride=samples.stride))
+
+
+class TestData(torch.utils.data.Dataset):
+    """Samples as evaluation sees them: data[i] -> (i, views uint8 (v, ...), label); an unreadable one is an error."""
+
+    def __init__(self, samples: Samples, size: Size):
+        self.samples, self.frames = samples, size.frames
+        self.resize = augmentation("test", samples.dataset, size.pixels, "paper")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path = self.samples.path(index)
+        return index, self.views(path), int(self.samples.labels[index])
+
+    def views(self, path: Path) -> torch.Tensor:
+        """(1, 3, H, W) of an image, (2, T, 3, H, W) of a video."""
+        if self.samples.dataset.modality == "image":
+            return self.resize(read_image(path))[None]
+        frames = read_clip(path, partial(test_frames, frames=self.frames, stride=self.samples.stride))
+        return self.resize(frames).unflatten(0, (2, self.frames))
+
+
+def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
+    """A DataLoader whose workers prefetch, without copies where there is no GPU."""
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                                       prefetch_factor=4 if workers else None, **options)
+
+
+def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
+    """Split off validation samples, the same share of each class: (rest, held out)."""
+    rng = np.random.default_rng([seed, len(samples)])
+    held = np.zeros(len(samples), bool)
+    for label in np.unique(samples.labels):
+        of_class = rng.permutation(np.flatnonzero(samples.labels == label))
+        held[of_class[:round(share * len(of_class))]] = True
+    return samples.subset(~held), samples.subset(held)
+
+
+# ------------------------------------------------------------------------------------------------- synthetic faces
+# A parametric face painted with numpy, driven by FACS action units (AU), stands in for AffectNet, DFEW and VoxCeleb2.
+# Each person has an own face, expressiveness and resting expression. Every file is a function of the seed and of its
+# own number only.
+
+ACTION_UNITS = (1, 2, 4, 5, 6, 7, 9, 12, 15, 20, 23, 26, 45)  # the columns of every `action_units` array
+EXPRESSIONS = {"neutral": (), "happiness": (6, 12), "sadness": (1, 4, 15), "surprise": (1, 2, 5, 26),
+               "fear": (1, 2, 4, 5, 20, 26), "disgust": (9, 15), "anger": (4, 5, 7, 23)}
+AFFECTNET_LABELS = tuple(EXPRESSIONS)  # a label is a position in these
+DFEW_LABELS = ("happiness", "sadness", "neutral", "anger", "surprise", "disgust", "fear")
+TRAIN_IMAGE, TEST_IMAGE, CLIP, UNLABELLED = range(4)  # kinds of files, each with its own pool of people
+FRAMES_PER_SECOND, FOLDS, VIDEOS_PER_PERSON = 12, 5, 4
+VOXCELEB_SCALE = 5 / 7  # an 84x84 VoxCeleb2 frame holds a face of the size aligned to 60x60
+
+
+class Person(NamedTuple):
+    """What all pictures of a person share: float32 lengths in face units (see Canvas) and RGB colours in 0-1."""
+    head: np.ndarray        # half width, chin, hairline, end of the hair
+    eyes: np.ndarray        # distance from the nose, half width, brow thickness, brow height
+    mouth: np.ndarray       # height, half width, lip thickness
+    nose: np.ndarray        # half width at the wings
+    skin: np.ndarray
+    hair: np.ndarray
+    iris: np.ndarray
+    beard: float            # opacity
+    glasses: float          # opacity
+    strength: np.ndarray    # (13,) action units at this person's apex
+    resting: np.ndarray     # (13,) action units of the relaxed face, which make a single frame ambiguous
+
+
+def draw_person(rng: np.random.Generator) -> Person:
+    def uniform(low, high) -> np.ndarray:
+        return rng.uniform(low, high).astype(np.float32)
+
+    hair_end, resting = rng.choice([0.0, 1.3]), np.zeros(13)
+    resting[rng.choice(11, 3, replace=False)] = rng.uniform(0.1, 0.45, 3)  # never 26 and 45: mouth shut, eyes open
+    return Person(head=uniform((0.68, 0.86, -0.82, hair_end - 0.1), (0.80, 0.94, -0.66, hair_end + 0.1)),
+                  eyes=uniform((0.31, 0.155, 0.035, -0.43), (0.37, 0.185, 0.06, -0.38)),
+                  mouth=uniform((0.47, 0.25, 0.06), (0.53, 0.31, 0.09)), nose=uniform((0.13,), (0.18,)),
+                  skin=(0.93, 0.76, 0.66) * rng.uniform(0.55, 1.0) ** np.array([0.7, 1.1, 1.4], np.float32),
+                  hair=(0.55, 0.40, 0.25) * rng.uniform(0.2, 1.0) ** np.array([0.9, 1.1, 1.2], np.float32),
+                  iris=rng.choice([(0.28, 0.16, 0.08), (0.22, 0.38, 0.55), (0.25, 0.40, 0.25)]),
+                  beard=rng.uniform(0.25, 0.6) * (rng.random() < 0.2), glasses=0.8 * (rng.random() < 0.15),
+                  strength=rng.uniform(0.7, 1.0) * rng.uniform(0.6, 1.0, 13), resting=resting)
+
+
+class Canvas(NamedTuple):
+    """Frames being painted.  Face coordinates move with the head: origin between nose and eyes, x to the right,
+    y down, 1 = half the side of an aligned frame."""
+    rgb: np.ndarray         # (3, T, H, W) in 0-1
+    x: np.ndarray           # (T, H, W) face coordinates of the pixels
+    y: np.ndarray
+    origin: np.ndarray      # (T,) position of the face's origin, column + 1j * row
+    gain: np.ndarray        # (T,) complex; the face point z = x + 1j * y lies at the position origin + gain * z
+
+    def crop(self, half_width: float, top: float, bottom: float) -> "Canvas":
+        """A view of the smallest window that shows |x| <= half_width, top <= y <= bottom in every frame."""
+        corners = self.origin + self.gain * [[x + 1j * y] for x in (-half_width, half_width) for y in (top, bottom)]
+        rows, columns = (slice(max(int(p.min()), 0), int(p.max()) + 2) for p in (corners.imag, corners.real))
+        return self._replace(**{name: getattr(self, name)[..., rows, columns] for name in ("rgb", "x", "y")})
+
+    def soften(self, distance: np.ndarray, width: float = 0.0) -> np.ndarray:
+        """Opacity of a shape from the signed distance to its edge (inside > 0): a ramp of one pixel plus `width`."""
+        opacity = distance / (width + 1 / np.abs(self.gain[:, None, None])).astype(np.float32)
+        opacity += 0.5
+        return np.clip(opacity, 0, 1, out=opacity)
+
+    def paint(self, opacity: np.ndarray, colour=(0, 0, 0)) -> None:
+        """Lay a colour (3,) or (3, T, H, W) over the frames; by default black, which at low opacity is shade."""
+        colour = np.asarray(colour, np.float32)
+        layer = (colour if colour.ndim == 4 else colour[:, None, None, None]) - self.rgb
+        layer *= opacity
+        self.rgb[...] += layer
+
+
+def paint_background(canvas: Canvas, rng: np.random.Generator) -> None:
+    """Smooth random colours, still while the head moves, with a few spots and posts as distractors."""
+    size = canvas.rgb.shape[-1]
+    blobs = rng.uniform(0.2, 0.7, 3) + rng.uniform(-0.2, 0.2, (6, 6, 1)) + rng.uniform(-0.07, 0.07, (6, 6, 3))
+    image = Image.fromarray((255 * blobs.clip(0, 1)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    scene = np.asarray(image, np.float32) / 255
+    rows, columns = np.mgrid[:size, :size].astype(np.float32) / size
+    for column, row, radius, roundness in rng.uniform((0, 0, 0.04, 0), (1, 1, 0.15, 1), (4, 4)):
+        distance = radius - np.hypot(columns - column, roundness * (rows - row))
+        scene += 0.6 * np.clip(size * distance + 0.5, 0, 1)[..., None] * (rng.uniform(0.1, 0.9, 3) - scene)
+    canvas.rgb[...] = scene.transpose(2, 0, 1)[:, None]
+
+
+def paint_head(canvas: Canvas, person: Person, au: dict, shirt: np.ndarray) -> None:
+    half_width, chin, hairline, hair_end = person.head
+    x, y, x2 = canvas.x, canvas.y, np.square(canvas.x)
+    canvas.paint(canvas.soften(y - 1.12 - 0.25 * x2), shirt)
+    hair = (0.85 + 0.15 * np.sin(22 * x + 4 * y)) * person.hair[:, None, None, None].astype(np.float32)
+    radius = np.hypot(x / (half_width + 0.14), np.minimum(y + 0.1, 0) / 0.95)
+    canvas.paint(canvas.soften(0.9 - 0.9 * radius) * canvas.soften(hair_end - y, 0.2), hair)
+    canvas.paint(canvas.soften(np.minimum(0.36 - np.abs(x), y - 0.5)), 0.75 * person.skin)  # the neck
+    radius = np.hypot(x / half_width, y / np.where(y > 0, chin + 0.12 * au[26], np.float32(0.92)))
+    tint = 1.06 - 0.3 * np.square(radius) + 0.03 * np.sin(5 * x + 2 * y + 60 * person.nose)
+    face = canvas.soften(0.8 * (1 - radius))
+    canvas.paint(face, tint * person.skin[:, None, None, None].astype(np.float32))
+    canvas.paint(person.beard * face * canvas.soften(y - 0.62 + 0.6 * x2, 0.25), person.hair)
+    fringe = canvas.soften(1.06 - radius) * canvas.soften(hairline + 0.35 * x2 - y, 0.06)
+    canvas.paint(fringe, hair)  # a little beyond the face, to leave no seam
+
+
+def paint_folds(canvas: Canvas, person: Person, au: dict) -> None:
+    """The nose, the cheeks and the wrinkles that action units make in the skin."""
+    brows = canvas.crop(0.5, -0.75, -0.2)
+    across = np.abs(brows.x)
+    waves = np.maximum(np.sin(45 * (brows.y + 0.1 * np.square(across))), 0)
+    forehead = brows.soften(0.42 - across, 0.2) * brows.soften(-0.58 - brows.y, 0.05)
+    brows.paint(waves * forehead * (0.25 * np.maximum(0.6 * au[1], au[2])))
+    frown = brows.soften(0.022 - np.abs(across - 0.055)) * brows.soften(0.11 - np.abs(brows.y + 0.36), 0.06)
+    brows.paint(frown * (0.5 * au[4] * (1 - 0.5 * au[1])))
+
+    nose = canvas.crop(0.62, -0.2, 0.62)
+    x, y, across = nose.x, nose.y + 0.07 * au[9], np.abs(nose.x)  # AU 9 lifts the nose
+    wings = person.nose + 0.03 * au[9]
+    bridge = nose.soften(0.2 - np.abs(y), 0.1)
+    nose.paint(0.22 * bridge * nose.soften(0.05 - np.abs(x - 0.08 - 0.12 * np.maximum(y, 0)), 0.08))
+    nose.paint(0.25 * bridge * nose.soften(0.035 - np.abs(x + 0.02), 0.06), (1, 1, 0.95))
+    tip = nose.soften(0.03 - np.abs(y - 0.24 + 1.5 * np.square(across)), 0.03) * nose.soften(wings - across, 0.04)
+    nose.paint(0.35 * tip)
+    nose.paint(0.6 * nose.soften(0.04 - np.hypot(across - 0.6 * wings, 1.4 * (y - 0.215))))  # nostrils
+    waves = np.maximum(np.sin(50 * nose.y + 12 * across), 0)
+    nose.paint(waves * nose.soften(0.16 - across, 0.06) * nose.soften(0.09 - nose.y, 0.05) * (0.5 * au[9]))
+    furrow = nose.soften(0.018 - np.abs(across - wings - 0.06 - 0.55 * np.maximum(y - 0.15, 0)), 0.02)
+    nose.paint(furrow * nose.soften(0.17 - np.abs(y - 0.3), 0.05) * np.maximum(0.35 * au[12], 0.45 * au[9]))
+    cheek = nose.soften(1 - np.hypot((across - 0.42) / 0.17, (nose.y - 0.16) / 0.1), 0.8)
+    nose.paint(cheek * (0.35 * au[6]), np.minimum(person.skin * (1.25, 1.0, 0.95), 1))
+    bag = nose.soften(0.02 - np.abs(nose.y - 0.01 - 1.5 * np.square(across - 0.38)), 0.02)  # pushed up by the cheek
+    nose.paint(bag * nose.soften(0.2 - np.abs(across - 0.38), 0.05) * (0.4 * au[6]))
+
+
+def paint_eyes(canvas: Canvas, person: Person, au: dict) -> None:
+    """Eyes, glasses and brows; left and right at once, as functions of |x|."""
+    distance, half_width, thickness, brow_height = person.eyes
+    canvas = canvas.crop(0.66, -0.72, 0.06)
+    across, y = np.abs(canvas.x), canvas.y + 0.16
+    along = (across - distance) / half_width  # -1 at the inner, 1 at the outer corner of the eye
+    arc = 1 - np.square(along)
+    lower = 0.065 * (1 - 0.55 * au[7] - 0.55 * au[6] * (1 - 0.5 * au[7]))
+    upper = 0.1 * (1 + 0.75 * au[5] - 0.3 * au[7] - 0.15 * au[6] - 0.15 * au[9])
+    upper = upper - (0.8 * lower + upper) * au[45]  # a blink brings the upper lid to the lower one
+    below_lid = y + upper * arc
+    canvas.paint(0.25 * canvas.soften(1 - np.hypot(along / 1.25, y / 0.2), 0.6))  # the socket
+    opening = canvas.soften(np.minimum(below_lid, lower * arc - y)) * canvas.soften(arc, 0.1)
+    radius = np.hypot(across - distance, y + 0.02)
+    canvas.paint(opening, (0.95, 0.94, 0.92))
+    canvas.paint(opening * canvas.soften(0.085 - radius), person.iris)
+    canvas.paint(opening * canvas.soften(0.04 - radius), (0.03, 0.03, 0.03))
+    canvas.paint(0.85 * canvas.soften(0.02 - np.abs(below_lid)) * canvas.soften(arc), (0.1, 0.07, 0.06))  # lashes
+    ring = 0.02 - 0.2 * np.abs(np.hypot(along / 1.35, (y - 0.01) / 0.22) - 1)
+    canvas.paint(person.glasses * canvas.soften(ring), (0.1, 0.1, 0.12))
+
+    inner = 0.17 * au[1] - 0.15 * au[4] * (1 - 0.75 * au[1]) - 0.05 * au[9]  # how far the brow's two ends rise
+    outer = 0.17 * au[2] - 0.05 * au[4] - 0.02 * au[9] - 0.02 * au[1]
+    along = (across - distance + 0.06 * au[4]) / (1.3 * half_width)
+    rise = 0.05 * (1 - np.square(along)) + 0.5 * (inner + outer) + 0.5 * (outer - inner) * along
+    edge = thickness * (1 - 0.35 * along) - np.abs(canvas.y - brow_height + rise)
+    canvas.paint(0.9 * canvas.soften(np.minimum(edge, 0.25 * (1 - np.abs(along)))), 0.6 * person.hair)
+
+
+def paint_mouth(canvas: Canvas, person: Person, au: dict) -> None:
+    height, half_width, thickness = person.mouth
+    canvas = canvas.crop(0.56, 0.2, 1.02)
+    half_width = half_width * (1 + 0.38 * au[12] + 0.4 * au[20] - 0.22 * au[23] - 0.18 * au[26] * (1 - au[20]))
+    jaw = au[26] * (1 - 0.45 * au[20])
+    opening = 0.02 + 0.34 * jaw + 0.11 * np.square(au[12]) + 0.04 * au[20]
+    thickness = thickness * (1 - 0.65 * au[23] - 0.25 * au[12])
+    across2 = np.square(canvas.x / half_width)
+    arc = np.maximum(1 - across2, 0)
+    bow = np.sqrt(arc)
+    corners = 0.15 * au[15] - 0.17 * au[12] + 0.05 * au[20]  # how far they drop
+    middle = height + corners * across2 - (0.08 * au[9] + 0.03 * au[15]) * arc
+    above = canvas.y - middle + 0.25 * opening * bow  # signed distances to the cavity's edges
+    below = middle + 0.75 * opening * bow - canvas.y
+    inside = half_width - np.abs(canvas.x)
+    shadow = canvas.soften(0.03 - np.abs(below + 1.2 * thickness + 0.03), 0.05) * canvas.soften(inside - 0.1, 0.1)
+    canvas.paint(0.3 * shadow)
+    lips = np.minimum(above + thickness * arc, below + 1.2 * thickness * arc)
+    canvas.paint(canvas.soften(np.minimum(lips, inside)), person.skin * (0.82, 0.52, 0.52))
+    cavity = canvas.soften(np.minimum(np.minimum(above, below), inside))
+    canvas.paint(cavity, (0.2, 0.05, 0.06))
+    canvas.paint(cavity * canvas.soften(0.13 - below, 0.05) * jaw, (0.62, 0.27, 0.27))  # the tongue
+    teeth = canvas.soften(0.01 + 0.1 * au[12] + 0.06 * au[20] + 0.03 * jaw - above)
+    canvas.paint(cavity * teeth * np.minimum(8 * opening - 0.16, 1), (0.95, 0.93, 0.88))
+
+
+def render_faces(person: Person, action_units: np.ndarray, pose: np.ndarray, size: int,
+                 rng: np.random.Generator) -> np.ndarray:
+    """Render a clip.
+
+    action_units: (T, 13) float32 in 0-1, ordered as ACTION_UNITS.
+    pose: (T, 4) rotation in radians, shift right and down as fractions of the frame, log scale.
+    Returns (T, size, size, 3) uint8 RGB.
+    """
+    rotation, right, down, log_scale = pose.T
+    origin = size * (0.5 + right + 1j * (0.5 + down)) - (0.5 + 0.5j)  # pixel centres have whole numbers
+    gain = 0.5 * size * np.exp(log_scale + 1j * rotation)
+    rows, columns = np.mgrid[:size, :size]
+    face = (columns + 1j * rows).astype(np.complex64) - origin.astype(np.complex64)[:, None, None]
+    face /= gain.astype(np.complex64)[:, None, None]
+    x, y = face.real.copy(), face.imag.copy()
+    canvas = Canvas(np.empty((3, *x.shape), np.float32), x, y, origin, gain)
+    au = dict(zip(ACTION_UNITS, action_units.T[..., None, None]))
+    paint_background(canvas, rng)
+    paint_head(canvas, person, au, shirt=rng.uniform(0.1, 0.8, 3))
+    for paint in (paint_folds, paint_mouth, paint_eyes):
+        paint(canvas, person, au)
+    level, sideways, downward = rng.uniform((0.85, -0.22, -0.15), (1.1, 0.22, 0.05)).astype(np.float32)
+    rgb = canvas.rgb * (255 * (level + sideways * x + downward * y))  # soft light from a direction
+    rgb += 5 * rng.random(x.shape, np.float32) - 2  # weak sensor noise
+    return np.ascontiguousarray(rgb.clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0))
+
+
+def move_head(frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Poses (T, 4) of an aligned face that sways slowly: within 0.06 rad, 3 % right and down, 4 % in size."""
+    seconds = np.arange(frames)[:, None] / FRAMES_PER_SECOND
+    sway = np.sin(2 * np.pi * (rng.uniform(0.1, 0.6, 4) * seconds + rng.random(4)))
+    return (0.06, 0.03, 0.03, 0.04) * (0.6 * rng.uniform(-1, 1, 4) + 0.4 * sway)
+
+
+def pulse(frames: int, least_gap: float, most_gap: float, half_width: float, rng: np.random.Generator) -> np.ndarray:
+    """A curve (T,) at 0 with brief bumps of height 0.6-1 at random gaps; gaps and widths in frames."""
+    centres = np.cumsum(rng.uniform(least_gap, most_gap, frames)) - rng.uniform(0, most_gap)
+    distance = np.abs(np.arange(frames)[:, None] - centres)
+    return (rng.uniform(0.6, 1, frames) * np.clip(1.4 - 1.4 * distance / half_width, 0, 1)).max(1)
+
+
+def perform(person: Person, expression: str, frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Action units (T, 13) of a clip: neutral, rise to an apex, perhaps decay; with blinks and perhaps speech."""
+    start, rise, hold, fall, rest = rng.uniform((0, 3, 4, 3, 0), (frames / 3, 10, frames, 12, 0.6))
+    time = np.arange(frames)[:, None] - start - rng.uniform(0, 2, 13)  # the action units do not start quite together
+    onset, offset = (t * t * (3 - 2 * t) for t in (np.clip(time / rise, 0, 1),
+                                                   np.clip((time - rise - hold) / fall, 0, 1)))
+    apex = rng.uniform(0.8, 1.0) * person.strength * np.isin(ACTION_UNITS, EXPRESSIONS[expression])
+    units = dict(zip(ACTION_UNITS, np.maximum(apex * onset * (1 - (1 - rest) * offset), person.resting).T))
+    neutral = expression == "neutral"
+    if rng.random() < (0.7 if neutral else 0.35):  # speech: a single frame of it can look like surprise
+        loudness = rng.uniform(0.4, 1.0) if neutral else rng.uniform(0.1, 0.35)
+        units[26] = np.maximum(units[26], loudness * pulse(frames, 3, 8, 2.5, rng))
+    if neutral and rng.random() < 0.5:  # a flash of the brows, as in surprise and fear
+        flash = rng.uniform(0.5, 1.0) * pulse(frames, 12, 40, 4, rng)
+        units[1], units[2] = np.maximum(units[1], flash), np.maximum(units[2], flash)
+    units[45] = pulse(frames, 15, 45, 2, rng)
+    return np.stack(list(units.values()), 1).astype(np.float32)
+
+
+class FaceFile(NamedTuple):
+    """A file to write; `index` counts the files and `person` the people of its kind."""
+    path: Path
+    seed: int
+    kind: int
+    index: int
+    person: int
+    expression: str
+
+
+def plan_files(root: Path, seed: int, scale: float) -> list[FaceFile]:
+    """All images and videos.  A person of a labelled pool shows each expression once."""
+    train, test, clip, unlabelled = (max(1, round(scale * people)) for people in (300, 50, 16, 400))
+    images = root / "AffectNet" / "Manually_Annotated_Images"
+    files = []
+    for kind, people in ((TRAIN_IMAGE, train), (TEST_IMAGE, test), (CLIP, FOLDS * clip), (UNLABELLED, unlabelled)):
+        per_person = VIDEOS_PER_PERSON if kind == UNLABELLED else 7
+        for index in range(people * per_person):
+            person = index // per_person
+            path = (images / f"{person + 1}" / f"{index:06d}.jpg",
+                    images / f"{train + person + 1}" / f"{index:06d}.jpg",
+                    root / "DFEW" / "clip_jpg_256" / f"{index + 1:05d}.mp4",
+                    root / "VoxCeleb2" / f"id{person + 1:05d}" / f"synth{index:06d}" / "00001.mp4")[kind]
+            files.append(FaceFile(path, seed, kind, index, person, DFEW_LABELS[index % 7]))
+    return files
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    """Encode (T, H, W, 3) uint8 RGB as H.264.
+
+    Equal frames give equal bytes only with one thread and without x264's lookahead, which "zerolatency" turns off:
+    with it, equal small frames were seen to give other bytes from run to run.
+    """
+    options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.thread_count = "yuv420p", 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+
+
+def write_file(file: FaceFile) -> None:
+    """Draw the person from (seed, pool, number) and the rest from (seed, kind, index), whichever process runs this."""
+    person = draw_person(np.random.default_rng([file.seed, 4 + file.kind, file.person]))  # 0-3 are kinds
+    rng = np.random.default_rng([file.seed, file.kind, file.index])
+    if file.kind in (TRAIN_IMAGE, TEST_IMAGE):
+        apex = person.strength * np.isin(ACTION_UNITS, EXPRESSIONS[file.expression])
+        units = np.maximum(rng.uniform(0.6, 1.0) * apex, person.resting)[None].astype(np.float32)
+        Image.fromarray(render_faces(person, units, move_head(1, rng), 64, rng)[0]).save(file.path, quality=92)
+        return
+    frames = int(rng.integers(36, 49)) if file.kind == CLIP else 40
+    units, pose, size = perform(person, file.expression, frames, rng), move_head(frames, rng), 64
+    if file.kind == UNLABELLED:  # a wider frame, with the face in its upper middle
+        pose = pose * (1, VOXCELEB_SCALE, VOXCELEB_SCALE, 1) + (0, 0, -1 / 7, np.log(VOXCELEB_SCALE))
+        size = 84
+    write_video(file.path, render_faces(person, units, pose, size, rng))
+
+
+def write_labels(root: Path, files: list[FaceFile]) -> None:
+    """AffectNet's two lists and DFEW's five folds; a person's clips are in the test set of one fold only."""
+    for split, kind in (("train", TRAIN_IMAGE), ("test", TEST_IMAGE)):
+        lines = [f"{file.path.parent.name}/{file.path.name} {AFFECTNET_LABELS.index(file.expression)}"
+                 for file in files if file.kind == kind]
+        (root / "AffectNet" / f"{split}_affectnet7.txt").write_text("\n".join(lines) + "\n")
+        folder = root / "DFEW" / "EmoLabel_DataSplit" / f"{split}(single-labeled)"
+        folder.mkdir(parents=True)
+        for fold in range(FOLDS):
+            lines = [f"{file.path.stem},{DFEW_LABELS.index(file.expression)}" for file in files
+                     if file.kind == CLIP and (file.person % FOLDS == fold) == (kind == TEST_IMAGE)]
+            (folder / f"{split}_set_{fold + 1}.csv").write_text("\n".join(["video_name,label", *lines]) + "\n")
+
+
+def make_synthetic(root: Path, seed: int, scale: float, workers: int) -> None:
+    """Write synthetic AffectNet, DFEW and VoxCeleb2 below `root`; the same files whatever `workers` is.
+
+    Scale 1 means 2,100 + 350 labelled images, 560 labelled clips in five folds and 1,600 unlabelled videos.
+    """
+    files = plan_files(root, seed, scale)
+    for folder in {file.path.parent for file in files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("fork")  # "spawn" would import torch once more in every worker
+    with ProcessPoolExecutor(workers, context) as pool:
+        for _ in tqdm(pool.map(write_file, files, chunksize=8), total=len(files), desc="synthetic faces"):
+            pass
+    write_labels(root, files)
+
+
+def ensure_synthetic(names: list[str], data_root: Path, run=None) -> None:
+    """Make the synthetic faces on first use, if one of the data sets is synthetic: by the first process only."""
+    root = Path(data_root) / "synthetic"
+    if any(name.startswith("synthetic") for name in names) and not root.exists() and (run is None or run.main):
+        write_synthetic(root)
+    if run is not None:
+        run.barrier()
+
+
+def write_synthetic(root: Path, seed: int = 0, scale: float = 1.0) -> None:
+    """make_synthetic into a temporary folder, renamed when complete. DataError if `root` is there already."""
+    if root.exists():
+        raise DataError(f"{root} exists: delete it to write it anew")
+    temporary = root.with_name(f"{root.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    make_synthetic(temporary, seed, scale, os.cpu_count() or 1)
+    temporary.rename(root)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Write the synthetic faces.")
+    p.add_argument("command", choices=["synthetic"])
+    p.add_argument("--data-root", type=Path, default=Path("data"), help="they go into its folder synthetic")
+    p.add_argument("--seed", type=int, default=0, help="of people, expressions and pictures")
+    p.add_argument("--scale", type=float, default=1.0, help="1 = 2,100 images, 560 labelled clips, 1,600 videos")
+    args = p.parse_args()
+    try:
+        write_synthetic(args.data_root / "synthetic", args.seed, args.scale)
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Stage 2: the pre-trained encoder gets experts and two heads, and is fine-tuned on images and clips together.
+
+    torchrun finetune.py --dataset dfew --fold 1              DFEW and AffectNet-7, the paper's settings
+    python finetune.py --dataset synthetic                    the same on synthetic faces and a tiny model
+
+Each mini-batch comes from one of the two sets and goes through its own head; Eq. (3) is in `JointLoss`. The loop
+around it is pretrain.py's `train`. After every epoch the model is tested; the last epoch and the best are reported.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from data import CATALOGUE, NAMES, Schedule, Source, TrainingData, ensure_synthetic, hold_out, load_samples, to_float
+from evaluate import evaluate, table
+from model import S4D, CheckpointError, at_least_fp32, load_encoder, modality
+from pretrain import Rate, common_settings, decayed, describe, guarded, parse, start, train
+
+# With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
+TINY = dict(epochs=25, lr=1e-3, layer_decay=0.9, augment="light", mixing=0.0, image_batch_size=64)
+
+
+def settings() -> argparse.ArgumentParser:
+    """Every setting of stage 2; the defaults are the paper's (Section IV-B)."""
+    p = common_settings(__doc__)
+    p.add_argument("--dataset", default="dfew", choices=["none", *NAMES["video"]], help="labelled clips, or none")
+    p.add_argument("--image-dataset", choices=["none", *NAMES["image"]],
+                   help="labelled images, or none (affectnet-7, or synthetic-images)")
+    p.add_argument("--pretrained", help="stage-1 checkpoint, or none (last.pt of pretrain.py's default run)")
+    p.add_argument("--epochs", type=int, default=100, help="passes over the clips")
+    p.add_argument("--batch-size", type=int, default=32, help="clips of one optimiser step, over all processes")
+    p.add_argument("--image-batch-size", type=int, help="images of one optimiser step (twice the clips)")
+    p.add_argument("--lr", type=float, default=4e-5, help="peak learning rate for 32 clips; in proportion for others")
+    p.add_argument("--warmup-epochs", type=float, default=5, help="epochs in which the learning rate rises")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="of weight matrices; biases and norms have none")
+    p.add_argument("--layer-decay", type=float, default=0.75, help="learning rate of a layer over that of the next")
+    p.add_argument("--image-share", type=float, default=0.5, help="share of the images that an epoch sees")
+    p.add_argument("--augment", choices=["paper", "light"], default="paper", help="light: random crop and flip only")
+    p.add_argument("--mixing", type=float, default=1.0, help="share of micro-batches with mixup 0.8 or cutmix 1.0")
+    p.add_argument("--label-smoothing", type=float, default=0.1, help="of the cross-entropy's targets")
+    p.add_argument("--experts", type=int, default=8, help="adapters in a MoAE layer, n")
+    p.add_argument("--k", type=int, default=2, help="experts per token")
+    p.add_argument("--adapter-width", type=int, help="bottleneck width r (a quarter of the token width)")
+    p.add_argument("--moae-layers", help="layers with experts, as 6,7,8,9,10,11, or none (the last half)")
+    p.add_argument("--sigma", type=float, help="fixed deviation of the gate's noise (learned per token and expert)")
+    p.add_argument("--validation", type=float, default=0.0,
+                   help="share of the training fold held out to choose the best epoch (0: the test fold chooses)")
+    return p
+
+
+def main() -> None:
+    args = parse(settings(), TINY)
+    run = start()
+    synthetic = args.dataset == "synthetic"
+    args.videos, args.images = args.dataset, args.image_dataset or ("synthetic-images" if synthetic else "affectnet-7")
+    args.output = args.output or Path("runs") / args.dataset / f"fold{args.fold}"
+    pretrained = args.pretrained or f"runs/pretrain-{'synthetic' if synthetic else 'voxceleb2'}/last.pt"
+    ensure_synthetic([args.videos, args.images], args.data_root, run)
+    sources, validation, test = load_sources(args)
+
+    torch.manual_seed(args.seed)
+    layers = args.moae_layers and [int(i) for i in args.moae_layers.split(",") if args.moae_layers != "none"]
+    model = S4D(args.size, *(CATALOGUE[getattr(args, f"{name}s")].classes if name in sources else ()
+                             for name in ("image", "video")),
+                experts=args.experts, k=args.k, adapter_width=args.adapter_width, moae_layers=layers, sigma=args.sigma)
+    loaded = "trained from scratch" if pretrained == "none" else load_encoder(model, find(pretrained))
+    model.to(run.device)
+    lr = args.lr * args.batch_size / 32
+    depth = model.size.depth
+    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay,
+                                          lambda name: args.layer_decay ** (depth + 1 - layer_of(name, depth))),
+                                  lr, betas=(0.9, 0.999), fused=True)
+    schedule = Schedule(sources, args.seed, args.epochs, run.rank, run.world)
+    per_epoch = schedule.steps_per_epoch()
+    describe(run, args, model, sources, args.epochs * per_epoch, lr, {"initialised from": loaded})
+    rate = Rate(lr, int(args.warmup_epochs * per_epoch), args.epochs * per_epoch, first=1.25e-7, end=1.25e-7)
+
+    def end_of_epoch(epoch: int) -> dict:
+        scores = {name: evaluate(model, samples, run, args.workers, progress=False)
+                  for name, samples in (validation or test).items()}
+        return dict(score=scores["video" if "video" in scores else "image"]["war"], test=scores)
+
+    module = JointLoss(model, args.mixing, args.label_smoothing)
+    progress = train(run, args, "finetune", model, module, optimizer, rate, schedule,
+                     TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
+    report(run, args, model, progress, validation, test)
+
+
+def load_sources(args) -> tuple[dict, dict, dict]:
+    """Training sources, validation samples (empty without --validation) and test samples, by modality."""
+    sources, validation, test = {}, {}, {}
+    batches = {"image": args.image_batch_size or 2 * args.batch_size, "video": args.batch_size}
+    micro = args.micro_batch or -(-args.batch_size // 2)
+    for name, batch in batches.items():
+        if getattr(args, f"{name}s") == "none":
+            continue
+        fold = args.fold if name == "video" else 1
+        samples = load_samples(getattr(args, f"{name}s"), args.data_root, "train", fold)
+        test[name] = load_samples(samples.name, args.data_root, "test", fold)
+        if args.validation:
+            samples, validation[name] = hold_out(samples, args.validation, args.seed)
+        sources[name] = Source(samples, batch, -(-micro * batch // args.batch_size),
+                               share=args.image_share if name == "image" else 1.0, balanced=name == "image")
+    if not sources:
+        raise SystemExit("--dataset none and --image-dataset none leave nothing to train on")
+    return sources, validation, test
+
+
+def find(pretrained: str) -> str:
+    if not Path(pretrained).is_file():
+        raise CheckpointError(f"there is no stage-1 checkpoint {pretrained}: run pretrain.py first, or give --pretrained "
+                              "FILE, or --pretrained none to train from scratch")
+    return pretrained
+
+
+class JointLoss(nn.Module):
+    """Cross-entropy of a single-source mini-batch (Section III-C), as the module that DDP wraps."""
+
+    def __init__(self, model: S4D, mixing: float, label_smoothing: float):
+        super().__init__()
+        self.model, self.mixing, self.label_smoothing = model, mixing, label_smoothing
+        self.mix = {name: v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=head.out_features),
+                                           v2.CutMix(alpha=1.0, num_classes=head.out_features)])
+                    for name, head in model.head.items()}
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = to_float(x)
+        source = modality(x)
+        if torch.rand(()) < self.mixing:
+            x, labels = self.mix[source](x if source == "image" else tv_tensors.Video(x), labels)
+            x = x.as_subclass(torch.Tensor)                                 # labels become (B, C) probabilities
+        own = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
+        # The other head's loss is multiplied by 0; any function of its weights gives DDP the gradient it waits for.
+        other = sum(p.sum() for name, head in self.model.head.items() if name != source for p in head.parameters())
+        alpha = 1 if source == "video" else 0
+        sfer, dfer = (other, own) if alpha else (own, other)
+        # Eq. (3)
+        return (1 - alpha) * sfer + alpha * dfer
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Place of a parameter for layer-wise decay: 0 the patch embedding, 1 to depth the layers, depth + 1 the heads."""
+    if name.startswith("patch_embed."):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def report(run, args, model: S4D, progress: dict, validation: dict, test: dict) -> None:
+    """Print the last epoch and the best one, and say which data chose it."""
+    chosen_by = "held-out training data" if validation else "the test fold itself, as in the released code"
+    last = {name: evaluate(model, samples, run, args.workers, progress=False) for name, samples in test.items()}
+    if not run.main:
+        return
+    best = progress["best"]
+    for name, scores in last.items():
+        dataset = CATALOGUE[test[name].name]
+        print(f"\n{test[name].name}, {len(test[name])} test {name}s, last epoch ({args.epochs})\n"
+              f"{table(scores, dataset.classes)}")
+    shown = "; ".join(f"{name} UAR {scores['uar']:.4f} WAR {scores['war']:.4f}" for name, scores in best["test"].items())
+    print(f"\nbest epoch: {best['epoch']}, chosen by WAR on {chosen_by}: {shown}\n{args.output}/best.pt, "
+          f"{args.output}/last.pt and one line per epoch in {args.output}/log.jsonl")
+
+
+if __name__ == "__main__":
+    guarded(main)

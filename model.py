@@ -1,0 +1,486 @@
+"""The mathematics of S4D: a ViT, the masked autoencoder of stage 1, and the experts and heads of stage 2.
+
+It reads in the order in which data flows: a clip becomes tokens, a layer transforms tokens, the masked autoencoder
+hides most of them and predicts their pixels (Eqs. 1, 2), the gate sends each token to a few adapter experts
+(Eqs. 4-13), and S4D classifies images and clips with one encoder and two heads. Equation numbers are those of
+"Static for Dynamic" (S4D). Parameters carry the names of the released checkpoints.
+
+B batch               T frames, H x W pixels    N tokens, of which V visible and M masked
+d token width         h attention heads         P values in a token's pixels = tubelet * patch * patch * 3
+n experts             k experts per token       r adapter width
+"""
+import pickle
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, per channel of RGB in [0, 1]
+IMAGE_STD = (0.229, 0.224, 0.225)
+MASK_RATIO = {"image": 0.90, "video": 0.95}  # Section IV-B
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of the encoder, of the decoder that stage 1 throws away, and of the input."""
+    width: int
+    depth: int
+    heads: int
+    decoder_width: int
+    decoder_heads: int
+    decoder_depth: int = 4
+    pixels: int = 160
+    patch: int = 16
+    frames: int = 16
+    tubelet: int = 2
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.pixels // self.patch) ** 2
+
+    @property
+    def video_tokens(self) -> int:
+        return self.frames // self.tubelet * self.image_tokens
+
+
+SIZES = {
+    "tiny": Size(128, 4, 2, 64, 1, decoder_depth=2, pixels=48, patch=8),  # ours, for a laptop
+    "small": Size(384, 12, 6, 192, 3),
+    "base": Size(768, 12, 12, 384, 6),  # the paper's
+    "large": Size(1024, 24, 16, 512, 8),
+}
+
+
+# ----------------------------------------------------------------------------------------------- tokens and layers
+
+def modality(x: torch.Tensor) -> str:
+    """"image" for a batch (B, 3, H, W), "video" for (B, 3, T, H, W); ValueError for anything else."""
+    if x.ndim not in (4, 5) or x.shape[1] != 3:
+        raise ValueError(f"expected images (B, 3, H, W) or videos (B, 3, T, H, W), got {tuple(x.shape)}")
+    return "image" if x.ndim == 4 else "video"
+
+
+def patchify(x: torch.Tensor, size: Size) -> torch.Tensor:
+    """Cut a batch into tubelets, one row of pixels per token.
+
+    x: (B, 3, H, W) or (B, 3, T, H, W). Returns (B, N, P), tokens in the order (time slot, row, column), the values
+    inside a token in the order (frame, row, column, channel). An image is repeated to fill one tubelet, Section IV-B.
+    """
+    if modality(x) == "image":
+        x = x.unsqueeze(2).expand(-1, -1, size.tubelet, -1, -1)
+    frames, height, width = x.shape[2:]
+    if (height, width) != (size.pixels, size.pixels) or frames % size.tubelet or frames > size.frames:
+        raise ValueError(f"this model takes {size.pixels} x {size.pixels} pixels and up to {size.frames} frames in "
+                         f"multiples of {size.tubelet}, got {frames} frames of {height} x {width}")
+    x = x.unflatten(4, (-1, size.patch)).unflatten(3, (-1, size.patch)).unflatten(2, (-1, size.tubelet))
+    # (B, 3, slot, frame, row, y, column, x) -> (B, slot, row, column, frame, y, x, 3)
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
+
+
+def sincos_table(length: int, width: int) -> torch.Tensor:
+    """Fixed positions (length, width): sine on even and cosine on odd dimensions, one frequency per pair, base 10000.
+
+    The positions are those of the flattened token sequence, so an image (N = 100) has the rows of time slot 0.
+    """
+    pair = torch.arange(width, dtype=torch.float64) // 2
+    angle = torch.arange(length, dtype=torch.float64)[:, None] / 10000 ** (2 * pair / width)
+    table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
+    return table.to(torch.get_default_dtype())
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Losses and softmaxes are taken in fp32 under autocast, and left alone in fp64 (the tests' precision)."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of a token's pixels, (B, N, P) -> (B, N, d); weights shaped as the released Conv3d's."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        kernel = (size.tubelet, size.patch, size.patch)
+        self.proj = nn.Conv3d(3, size.width, kernel_size=kernel, stride=kernel)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        # Stride = kernel: the convolution is one matrix product per token, which can leave out the masked tokens.
+        weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1)         # (d, P), values as in patchify
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on queries and values, none on keys: MHSA of Eq. (10)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def queries_keys_values(self, x: torch.Tensor) -> torch.Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)                            # (B, N, 3 d)
+        return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, h, N, d / h)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.queries_keys_values(x)
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B, h, N, d / h)
+        return self.proj(x.transpose(1, 2).flatten(2))                      # (B, N, d)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """The attention map that `forward` never stores: (B, N, d) -> (B, h, N, N), rows sum to 1 (Fig. 6)."""
+        q, k, _ = self.queries_keys_values(x)
+        return at_least_fp32(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them: the FFN of Eq. (11), hidden width 4 d."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """A pre-norm ViT layer; with `moe_layer` set it is the MoAE layer of Section III-D, Eqs. (10)-(13)."""
+
+    def __init__(self, width: int, heads: int, moe_layer: nn.Module | None = None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+        self.moe_layer = moe_layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Eq. (10)
+        x = x + self.attn(self.norm1(x))                                    # x'   (B, N, d)
+        normed = self.norm2(x)
+        # Eq. (11)
+        generic = self.mlp(normed)                                          # x_g  (B, N, d)
+        if self.moe_layer is None:
+            return x + generic
+        # Eq. (12)
+        specific = self.moe_layer(normed)                                   # x_s  (B, N, d)
+        # Eq. (13)
+        return x + generic + specific                                       # x_o  (B, N, d)
+
+
+class ViT(nn.Module):
+    """Patch embedding and layers; `norm` only where the released stage 1 has it. No class token."""
+
+    def __init__(self, size: Size, moe_layers: dict[int, nn.Module] | None = None, final_norm: bool = False):
+        super().__init__()
+        self.size = size
+        self.patch_embed = PatchEmbed(size)
+        self.register_buffer("positions", sincos_table(size.video_tokens, size.width), persistent=False)
+        self.blocks = nn.ModuleList(Layer(size.width, size.heads, (moe_layers or {}).get(i))
+                                    for i in range(size.depth))
+        self.norm = nn.LayerNorm(size.width, eps=1e-6) if final_norm else nn.Identity()
+
+    def encode(self, patches: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Pixels of some tokens (B, V, P) and their positions, a table (V, d) or (B, V, d) -> (B, V, d)."""
+        x = self.patch_embed(patches) + position
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# --------------------------------------------------------------------------- stage 1: masked autoencoder, Section III-B
+
+def random_mask(batch: int, tokens: int, ratio: float, generator: torch.Generator | None = None,
+                device: torch.device | str = "cpu") -> torch.Tensor:
+    """Uniformly random masks (B, N), True = masked, exactly floor(ratio * N) of them True in every sample."""
+    if not 0 < ratio < 1 or int(ratio * tokens) in (0, tokens):
+        raise ValueError(f"mask ratio {ratio} of {tokens} tokens must leave some masked and some visible")
+    order = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1)
+    return order.argsort(dim=1) < int(ratio * tokens)
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of each sample: x (B, N, c) or a shared table (N, c), index (B, V) -> (B, V, c)."""
+    if x.ndim == 2:
+        return x[index]
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class Decoder(nn.Module):
+    """Narrow ViT layers over all tokens, then the pixels of the masked ones."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        width = size.decoder_width
+        self.blocks = nn.ModuleList(Layer(width, size.decoder_heads) for _ in range(size.decoder_depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, size.tubelet * size.patch ** 2 * 3)
+
+    def forward(self, x: torch.Tensor, masked: int) -> torch.Tensor:
+        """x: (B, N, decoder width), the masked tokens last. Returns (B, M, P)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, -masked:]))
+
+
+class MaskedAutoencoder(nn.Module):
+    """Stage 1: reconstruct the pixels of masked tokens from the few visible ones (Section III-B)."""
+
+    def __init__(self, size: str = "base"):
+        super().__init__()
+        self.architecture = {"size": size}
+        self.size = SIZES[size]
+        self.encoder = ViT(self.size, final_norm=True)
+        self.encoder_to_decoder = nn.Linear(self.size.width, self.size.decoder_width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.size.decoder_width))
+        self.decoder = Decoder(self.size)
+        self.register_buffer("decoder_positions", sincos_table(self.size.video_tokens, self.size.decoder_width),
+                             persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, mask_ratio: float | None = None):
+        """Mask, encode what is visible, decode, and compare with what was masked.
+
+        x: (B, 3, H, W) or (B, 3, T, H, W), normalised with IMAGE_MEAN and IMAGE_STD. mask: bool (B, N), True =
+        masked, the same number in every sample; without one, a random mask of `mask_ratio` (default: the paper's).
+        Returns (loss, pred, mask): a scalar, the masked tokens' predicted pixels (B, M, P) in token order, (B, N).
+        ValueError for a mask of another shape, dtype or with unequal counts.
+        """
+        patches = patchify(x, self.size)                                    # (B, N, P)
+        batch, tokens = patches.shape[:2]
+        if mask is None:
+            mask = random_mask(batch, tokens, mask_ratio or MASK_RATIO[modality(x)], device=x.device)
+        if mask.shape != (batch, tokens) or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool {(batch, tokens)}, got {mask.dtype} {tuple(mask.shape)}")
+        masked = int(mask[0].sum())
+        if not 0 < masked < tokens or not bool((mask.sum(1) == masked).all()):
+            raise ValueError("every sample must have the same number of masked tokens, and some of both kinds")
+        # Visible tokens first, then masked ones, each in token order. The paper's M is 1 where a token is visible;
+        # ours is True where it is masked.
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+        visible, hidden = order[:, :tokens - masked], order[:, tokens - masked:]  # (B, V), (B, M)
+
+        # Eq. (1), as a selection instead of a product with zeros: masked tokens never enter the encoder.
+        z = self.encoder.encode(take(patches, visible), take(self.encoder.positions, visible))  # (B, V, d)
+        z = self.encoder_to_decoder(z)
+        z = torch.cat([z, self.mask_token.expand(batch, masked, -1).to(z.dtype)], dim=1)
+        pred = self.decoder(z + take(self.decoder_positions, order), masked)  # (B, M, P)
+        return self.loss(pred, take(patches, hidden)), pred, mask
+
+    @staticmethod
+    def loss(pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Squared error against per-patch, per-channel normalised pixels; pred and patches (B, M, P) -> scalar."""
+        error = at_least_fp32(pred) - normalised_target(patches)[0]
+        # Eq. (2). As printed it divides by sum(M), but Eq. (1) makes M = 1 mean visible: it would divide the masked
+        # tokens' error by the number of visible ones. All implementations divide by the number of masked tokens.
+        return error.square().mean(-1).sum() / error.shape[:2].numel()
+
+
+def normalised_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the decoder must predict: a patch's pixels, normalised by the patch's own mean and deviation per channel.
+
+    patches: (B, M, P), normalised with IMAGE_MEAN and IMAGE_STD. Returns the target (B, M, P) and, to undo the
+    normalisation, the patches' means and deviations in pixels of [0, 1], (B, M, 1, 3) each.
+    """
+    pixels = at_least_fp32(patches).unflatten(-1, (-1, 3))                  # (B, M, P / 3, 3), channel last
+    pixels = pixels * pixels.new_tensor(IMAGE_STD) + pixels.new_tensor(IMAGE_MEAN)  # back to [0, 1]
+    mean = pixels.mean(dim=2, keepdim=True)                                 # (B, M, 1, 3)
+    centred = pixels - mean
+    variance = centred.square().sum(dim=2, keepdim=True) / (pixels.shape[2] - 1)  # unbiased
+    deviation = (variance + 1e-6).sqrt()
+    return (centred / deviation).flatten(2), mean, deviation
+
+
+# ----------------------------------------------------------------- stage 2: mixture of adapter experts, Section III-D
+
+class NoisyTopKGate(nn.Module):
+    """Which k of n experts see a token, and with what weight. sigma: None = learned per token and expert."""
+
+    def __init__(self, width: int, experts: int, k: int, sigma: float | None = None):
+        super().__init__()
+        if not 1 <= k <= experts:
+            raise ValueError(f"k = {k} experts per token, but there are {experts}")
+        if sigma is not None and sigma < 0:
+            raise ValueError(f"sigma = {sigma} is a standard deviation: it cannot be negative")
+        self.k, self.sigma = k, sigma
+        self.topkroute_linear = nn.Linear(width, experts)                   # W_g; the released one has a bias, 0 at first
+        self.noise_linear = nn.Linear(width, experts) if sigma is None else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> gates (..., n): k positive entries that sum to 1, the others exactly 0."""
+        # Eq. (4), whose softmax is taken below over the k chosen experts only (over all of them if k = n).
+        logits = at_least_fp32(self.topkroute_linear(x))                    # (..., n)
+        if self.training:
+            # The paper gives no sigma; learned as in Shazeer et al. 2017, and without noise in evaluation.
+            sigma = self.sigma if self.noise_linear is None else F.softplus(at_least_fp32(self.noise_linear(x)))
+            # Eq. (5)
+            logits = logits + sigma * torch.randn_like(logits)
+        top, chosen = logits.topk(self.k, dim=-1)                           # (..., k)
+        # Eq. (6)
+        return torch.full_like(logits, -torch.inf).scatter(-1, chosen, top).softmax(dim=-1)
+
+
+class Adapter(nn.Module):
+    """One expert: down to r, GELU, up to d. `residual`: Eq. (8) has one, the released experts have none."""
+
+    def __init__(self, width: int, adapter_width: int, residual: bool = True):
+        super().__init__()
+        self.residual = residual
+        self.fc1 = nn.Linear(width, adapter_width)
+        self.fc2 = nn.Linear(adapter_width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Eq. (8)
+        return self.residual * x + self.fc2(F.gelu(self.fc1(x)))
+
+
+class MoAE(nn.Module):
+    """Mixture of Adapter Experts: a gate and n adapters, (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, width: int, experts: int = 8, k: int = 2, adapter_width: int | None = None,
+                 sigma: float | None = None, residual: bool = True):
+        super().__init__()
+        self.router = NoisyTopKGate(width, experts, k, sigma)
+        self.experts = nn.ModuleList(Adapter(width, adapter_width or width // 4, residual) for _ in range(experts))
+        self.residual = residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Eq. (9) with all n adapters stacked into two matrix products.
+
+        A gate of 0 removes an expert's term from the sum, so a token still depends on its k experts alone; shapes
+        that never change make this faster than gathering each expert's tokens. Stacked, Eq. (9) over Eq. (8) is
+        sum_i G_i x + [W2_1 ... W2_n] [G_1 GELU(W1_1 x + b1_1); ...; G_n GELU(W1_n x + b1_n)] + sum_i G_i b2_i.
+        """
+        down = torch.cat([expert.fc1.weight for expert in self.experts])            # (n r, d)
+        down_bias = torch.cat([expert.fc1.bias for expert in self.experts])         # (n r,)
+        up = torch.cat([expert.fc2.weight for expert in self.experts], dim=1)       # (d, n r)
+        up_bias = torch.stack([expert.fc2.bias for expert in self.experts], dim=1)  # (d, n)
+        gates = self.router(x)                                                      # (B, N, n)
+        hidden = F.gelu(F.linear(x, down, down_bias))                               # (B, N, n r)
+        gated = hidden.unflatten(-1, (len(self.experts), -1)) * gates[..., None].to(hidden.dtype)
+        # Eq. (7), and Eq. (9) where the experts are adapters
+        mixed = F.linear(gated.flatten(-2), up) + F.linear(gates, up_bias)          # (B, N, d)
+        return mixed + x if self.residual else mixed                                # sum_i G_i = 1
+
+
+class S4D(ViT):
+    """The encoder with MoAE in some layers, and a linear head for images and one for videos (Section III-C).
+
+    image_classes, video_classes: class names in label order. moae_layers: indices of the layers with experts,
+    None = the last half, [] = none.
+    """
+
+    def __init__(self, size: str = "base", image_classes: list[str] = (), video_classes: list[str] = (),
+                 experts: int = 8, k: int = 2, adapter_width: int | None = None, moae_layers: list[int] | None = None,
+                 sigma: float | None = None, residual: bool = True):
+        depth, width = SIZES[size].depth, SIZES[size].width
+        if moae_layers is None:
+            moae_layers = list(range(depth - depth // 2, depth))
+        if any(not 0 <= i < depth for i in moae_layers):
+            raise ValueError(f"MoAE layers {moae_layers} must lie in 0 to {depth - 1}: size {size} has {depth} layers")
+        super().__init__(SIZES[size], {i: MoAE(width, experts, k, adapter_width, sigma, residual)
+                                       for i in moae_layers})
+        self.architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
+                                 experts=experts, k=k, adapter_width=adapter_width, moae_layers=list(moae_layers),
+                                 sigma=sigma, residual=residual)
+        self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.ModuleDict({source: nn.Linear(width, len(classes)) for source, classes in
+                                   (("image", image_classes), ("video", video_classes)) if classes})
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """The representation Phi before the heads: normalised images or videos -> (B, d)."""
+        patches = patchify(x, self.size)                                    # (B, N, P)
+        z = self.encode(patches, self.positions[:patches.shape[1]])         # (B, N, d)
+        return self.fc_norm(z.mean(dim=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of the batch's own head: (B, 3, H, W) -> (B, image classes), (B, 3, T, H, W) -> (B, video classes)."""
+        source = modality(x)
+        if source not in self.head:
+            raise ValueError(f"this model has no {source} head, only {list(self.head)}: it was not trained on {source}s")
+        return self.head[source](self.features(x))
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message names the file, the keys and the shapes."""
+
+
+def read_checkpoint(path) -> dict:
+    """The plain dict in a checkpoint file: tensors, numbers and text only, so that loading runs no code of the file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {path}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is no checkpoint of plain tensors, numbers and text ({str(error)[:200]})") from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict) or not {"stage", "architecture", "model"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} is no checkpoint of pretrain.py or finetune.py: expected a dict with stage, "
+                              "architecture and model")
+    return checkpoint
+
+
+def load_checkpoint(path) -> MaskedAutoencoder | S4D:
+    """Rebuild the module that a checkpoint describes. CheckpointError if file, keys or shapes do not fit."""
+    checkpoint = read_checkpoint(path)
+    module = {"pretrain": MaskedAutoencoder, "finetune": S4D}[checkpoint["stage"]](**checkpoint["architecture"])
+    load_weights(module, checkpoint["model"], path)
+    return module
+
+
+def load_weights(module: nn.Module, state: dict[str, torch.Tensor], path, new: tuple[str, ...] = (),
+                 dropped: tuple[str, ...] = ()) -> str:
+    """Copy weights into a module. Only parameters whose name contains one of `new` may be missing from the file, and
+    only names that start with one of `dropped` may be left over. Returns one line on what was done."""
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    extra = sorted(state.keys() - own.keys())
+    wrong = [key for key in missing if not any(part in key for part in new)]
+    wrong_extra = [key for key in extra if not key.startswith(dropped or ("\0",))]
+    shapes = [f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    problems = ([f"missing: {', '.join(wrong[:5])} ({len(wrong)} in all)"] if wrong else [])
+    problems += ([f"not expected: {', '.join(wrong_extra[:5])} ({len(wrong_extra)} in all)"] if wrong_extra else [])
+    problems += sorted(shapes)[:5]
+    if problems:
+        raise CheckpointError(f"{path} does not fit this model: {'; '.join(problems)}")
+    module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    return (f"{path}: {len(own) - len(missing)} tensors loaded; made new: {prefixes(missing)}; "
+            f"dropped: {prefixes(extra)}")
+
+
+def prefixes(keys: list[str]) -> str:
+    """A short list of what keys are about: layer numbers and the last part of each name left out."""
+    short = {".".join("*" if part.isdigit() else part for part in key.split(".")[:-1]) or key for key in keys}
+    return ", ".join(sorted(short)) or "nothing"
+
+
+def load_encoder(model: S4D, path) -> str:
+    """Initialise stage 2 from a checkpoint of stage 1 (Section III-C); returns one line on what was done.
+
+    New are the experts, the norm of the final representation and the heads; the decoder and stage 1's last norm are
+    dropped.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint["stage"] != "pretrain":
+        raise CheckpointError(f"{path} is a {checkpoint['stage']} checkpoint: stage 2 starts from one of pretrain.py")
+    state = {key.removeprefix("encoder."): value for key, value in checkpoint["model"].items()}
+    return load_weights(model, state, path, new=("moe_layer.", "fc_norm.", "head."),
+                        dropped=("norm.", "decoder.", "encoder_to_decoder.", "mask_token"))

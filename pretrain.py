@@ -1,0 +1,391 @@
+"""Stage 1: one encoder-decoder is pre-trained as a masked autoencoder on face images and face videos together.
+
+    torchrun pretrain.py                          VoxCeleb2 clips and AffectNet-8 images, the paper's settings
+    python pretrain.py --dataset synthetic        the same on synthetic faces and a tiny model, in minutes on a CPU
+
+`main` is the stage; `train` below it is the loop of both stages, and the rest is what they share: processes,
+learning rate, checkpoints. One process or many, CPU or GPU, give the same losses up to summation order: an
+optimiser step is a fixed list of micro-batches, dealt to the processes (data.py), each with a seed of its own.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import NAMES, DataError, Samples, Schedule, Source, TrainingData, ensure_synthetic, load_samples, loader, to_float
+from model import MASK_RATIO, SIZES, CheckpointError, MaskedAutoencoder, modality, read_checkpoint
+
+# With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
+TINY = dict(epochs=60, batch_size=64, lr=8e-3, repeats=4)
+
+
+def settings() -> argparse.ArgumentParser:
+    """Every setting of stage 1; the defaults are the paper's (Section IV-B)."""
+    p = common_settings(__doc__)
+    p.add_argument("--dataset", default="voxceleb2", choices=["none", *NAMES["video"]], help="videos, or none")
+    p.add_argument("--image-dataset", choices=["none", *NAMES["image"]],
+                   help="images, or none (affectnet-8, or synthetic-images)")
+    p.add_argument("--epochs", type=int, default=100, help="passes over the data")
+    p.add_argument("--batch-size", type=int, default=384, help="images or clips of one optimiser step, all processes")
+    p.add_argument("--lr", type=float, default=1.6e-3, help="base learning rate, for 512 samples a step")
+    p.add_argument("--warmup", type=float, default=0.05, help="share of all steps in which the learning rate rises")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="of weight matrices; biases and norms have none")
+    p.add_argument("--video-mask-ratio", type=float, default=MASK_RATIO["video"], help="share of a clip's tokens masked")
+    p.add_argument("--image-mask-ratio", type=float, default=MASK_RATIO["image"], help="share of an image's, likewise")
+    p.add_argument("--image-share", type=float, default=1.0, help="share of the images that an epoch sees")
+    p.add_argument("--repeats", type=int, default=4, help="differently cropped samples of each decoded clip")
+    return p
+
+
+def common_settings(description: str) -> argparse.ArgumentParser:
+    """The settings that both stages have under the same names and with the same defaults."""
+    p = argparse.ArgumentParser(description=description, formatter_class=Formatter)
+    p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets (layouts: README)")
+    p.add_argument("--fold", type=int, default=1, help="cross-validation fold, counted from 1")
+    p.add_argument("--size", choices=list(SIZES), help="of the model (base, or tiny on synthetic faces)")
+    p.add_argument("--micro-batch", type=int, help="samples that one process computes at once; a batch is gathered "
+                   "from as many as it takes (half a batch, as on the paper's two GPUs)")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes per process")
+    p.add_argument("--output", type=Path, help="the run's folder (runs/..., named after the data)")
+    p.add_argument("--resume", action="store_true", help="continue from last.pt in the run's folder, if there is one")
+    return p
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description as it was written."""
+
+
+def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; the tiny size, which is the default on synthetic faces, brings defaults of its own."""
+    args, _ = p.parse_known_args(argv)
+    if args.size is None:
+        p.set_defaults(size="tiny" if args.dataset.startswith("synthetic") else "base")
+    if (args.size or p.get_default("size")) == "tiny":
+        p.set_defaults(**tiny)
+    args = p.parse_args(argv)
+    for name in ("epochs", "batch_size", "micro_batch", "repeats", "image_batch_size"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    for name in ("workers", "lr", "image_share", "seed"):
+        if getattr(args, name) < 0:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    return args
+
+
+def main() -> None:
+    args = parse(settings(), TINY)
+    run = start()
+    args.output = args.output or Path("runs") / f"pretrain-{args.dataset}"
+    videos = {"synthetic": "synthetic-unlabelled"}.get(args.dataset, args.dataset)
+    images = args.image_dataset or ("synthetic-images" if args.dataset == "synthetic" else "affectnet-8")
+    ensure_synthetic([videos, images], args.data_root, run)
+    micro = args.micro_batch or -(-args.batch_size // 2)
+    sources = {}
+    if images != "none":
+        sources["image"] = Source(load_samples(images, args.data_root, "train", args.fold), args.batch_size, micro,
+                                  share=args.image_share)
+    if videos != "none":
+        sources["video"] = Source(load_samples(videos, args.data_root, "train", args.fold), args.batch_size, micro,
+                                  repeats=args.repeats)
+    if not sources:
+        raise SystemExit("--dataset none and --image-dataset none leave nothing to train on")
+
+    torch.manual_seed(args.seed)
+    model = MaskedAutoencoder(args.size).to(run.device)
+    module = ReconstructionLoss(model, {"image": args.image_mask_ratio, "video": args.video_mask_ratio})
+    lr = args.lr * args.batch_size / 512
+    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay), lr, betas=(0.9, 0.95), fused=True)
+    schedule = Schedule(sources, args.seed, args.epochs, run.rank, run.world)
+    steps = args.epochs * schedule.steps_per_epoch()
+    describe(run, args, model, sources, steps, lr, {"masked tokens": {
+        name: int(module.ratios[name] * getattr(model.size, f"{name}_tokens")) for name in sources}})
+    rate = Rate(lr, int(args.warmup * steps), steps, first=1e-6, end=0.0)
+    train(run, args, "pretrain", model, module, optimizer, rate, schedule,
+          TrainingData(sources, "pretrain", model.size))
+
+
+class ReconstructionLoss(nn.Module):
+    """Masks of one modality's ratio and Eq. (2), as the module that DDP wraps."""
+
+    def __init__(self, model: MaskedAutoencoder, ratios: dict[str, float]):
+        super().__init__()
+        self.model, self.ratios = model, ratios
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = to_float(x)
+        loss, _, _ = self.model(x, mask_ratio=self.ratios[modality(x)])
+        return loss
+
+
+# ------------------------------------------------------------------------------------------- the loop of both stages
+
+def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_of_epoch=lambda epoch: {}) -> dict:
+    """Train `model` through `module`, which maps (x uint8, labels) to a scalar loss; returns the run's progress.
+
+    After every epoch, end_of_epoch(epoch) gives scores; a JSON line goes to log.jsonl and a checkpoint to last.pt.
+    """
+    progress = resume(run, args, stage, model, optimizer) if args.resume else fresh(run, args)
+    schedule.start = progress["epoch"], 0
+    batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
+    wrapped = DistributedDataParallel(module) if run.world > 1 else module
+    total, per_epoch = rate.steps, rate.steps // args.epochs
+    unreadable = Unreadable(run, data.sources)
+    bar = tqdm(total=total, initial=progress["epoch"] * per_epoch, disable=not run.main, unit="step",
+               desc=f"{stage} epoch {progress['epoch'] + 1}/{args.epochs}")
+    for epoch in range(progress["epoch"], args.epochs):
+        bar.set_description(f"{stage} epoch {epoch + 1}/{args.epochs}")
+        module.train()
+        losses, waited, began = [], 0.0, time.perf_counter()
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step) * group.get("scale", 1.0)
+            source, loss, data_time = optimise(run, wrapped, batches, optimizer, unreadable, step)
+            losses.append((source, float(f"{loss:.6g}")))
+            waited += data_time
+            bar.update()
+            bar.set_postfix(refresh=False, loss=f"{loss:.4f}", lr=f"{rate(step):.2e}",
+                            data=f"{data_time:.3f}s", step=f"{(time.perf_counter() - began) / len(losses):.3f}s")
+        record = dict(epoch=epoch + 1, step=(epoch + 1) * per_epoch, lr=rate(step), losses=losses,
+                      loss={name: mean([loss for source, loss in losses if source == name]) for name in data.sources},
+                      seconds=round(time.perf_counter() - began, 2), data_seconds=round(waited, 2),
+                      unreadable=len(unreadable.files), **end_of_epoch(epoch))
+        progress = dict(progress, epoch=epoch + 1)
+        if run.main:
+            save(args, stage, model, optimizer, progress, record)
+    bar.close()
+    return progress
+
+
+def optimise(run, wrapped, batches, optimizer, unreadable, step: int) -> tuple[str, float, float]:
+    """One optimiser step over this process's micro-batches. Returns the source, the loss and seconds of waiting."""
+    optimizer.zero_grad(set_to_none=True)
+    total, waited, last = torch.zeros((), device=run.device), 0.0, False
+    while not last:
+        began = time.perf_counter()
+        micro, x, labels, errors = next(batches)
+        waited += time.perf_counter() - began
+        unreadable.add(micro.source, errors)
+        last = micro.last
+        torch.manual_seed(micro.seed)       # masks, mixing and gate noise depend on the micro-batch, not the process
+        synchronise = contextlib.nullcontext() if last or run.world == 1 else wrapped.no_sync()
+        with synchronise:
+            with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+                loss = wrapped(x.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True))
+            loss = loss * micro.weight
+            (loss * run.world).backward()   # DDP averages over the processes; the step's loss is a sum of shares
+        total += loss.detach()
+    if run.world > 1:
+        dist.all_reduce(total)
+    loss = total.item()
+    if not math.isfinite(loss):
+        raise SystemExit(f"the loss became {loss} at step {step}, a batch of {micro.source}s (epoch {micro.epoch + 1}, "
+                         f"samples {micro.index.tolist()} and others): stopped before the weights change")
+    optimizer.step()
+    return micro.source, loss, waited
+
+
+class Unreadable:
+    """Samples that training left out: named once each, and an error beyond 1 % of their data set."""
+
+    def __init__(self, run, sources: dict[str, Source]):
+        self.main, self.sources, self.files = run.main, sources, {}
+
+    def add(self, source: str, errors: list[str]) -> None:
+        for error in errors:
+            if error not in self.files:
+                tqdm.write(f"left out: {error}", file=sys.stderr)
+            self.files[error] = source
+        found = sum(name == source for name in self.files.values()) if errors else 0
+        if found > 0.01 * len(self.sources[source].samples):
+            raise DataError(f"{found} of {len(self.sources[source].samples)} {source}s cannot be read, more than 1 %; "
+                            f"the last: {errors[-1]}")
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+@dataclass
+class Rate:
+    """Learning rate of a step: linear from `first` to `peak` in `warmup` steps, then a cosine to `end`."""
+    peak: float
+    warmup: int
+    steps: int
+    first: float
+    end: float
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:                                              # 1) linear warm-up
+            return self.first + (self.peak - self.first) * step / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)      # 2) cosine decay
+        return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def decayed(named_parameters, weight_decay: float, scale=lambda name: 1.0) -> list[dict]:
+    """Optimiser groups: no weight decay on vectors (biases, norms); scale(name) multiplies the learning rate."""
+    groups = {}
+    for name, parameter in named_parameters:
+        key = (scale(name), weight_decay if parameter.squeeze().ndim > 1 else 0.0)
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=parameters, scale=s, weight_decay=decay) for (s, decay), parameters in groups.items()]
+
+
+# --------------------------------------------------------------------------------------------- processes and devices
+
+@dataclass
+class Run:
+    """This process among the others, its device, and the precision that its matrix units are fast in."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start() -> Run:
+    """Join the processes that torchrun started, or be the only one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Run(rank, world, device, precision(device))
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies matrices in it (CPU units included), else fp32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = units.get("amx_bf16", False) or units.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def guarded(main) -> None:
+    """Run a script's main: expected errors become one line and exit status 1, and the processes part in order."""
+    try:
+        main()
+    except (DataError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------- the run's folder
+
+def fresh(run: Run, args) -> dict:
+    """Progress of a new run. Refuses to write over another run's checkpoints."""
+    last = args.output / "last.pt"
+    if last.exists():
+        raise CheckpointError(f"{last} exists: give --resume to continue that run, another --output, or delete it")
+    run.barrier()                           # nobody may create it before everybody has looked
+    if run.main:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "log.jsonl").write_text("")
+    return dict(epoch=0, best=None)
+
+
+FREE_TO_CHANGE = {"output", "resume", "workers", "data_root", "pretrained"}
+
+
+def plain(args) -> dict:
+    """Settings as text and numbers, for the checkpoint."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def resume(run: Run, args, stage: str, model: nn.Module, optimizer) -> dict:
+    """Continue from last.pt; all randomness follows from seed, epoch and step, so nothing else is needed.
+
+    CheckpointError if the settings that change the result are not those of the checkpoint.
+    """
+    last = args.output / "last.pt"
+    if not last.exists():
+        return fresh(run, args)
+    checkpoint = read_checkpoint(last)
+    if checkpoint["stage"] != stage:
+        raise CheckpointError(f"{last} is a checkpoint of {checkpoint['stage']}, not of {stage}")
+    now = plain(args)
+    for name in sorted(now.keys() - FREE_TO_CHANGE):
+        if now[name] != checkpoint["settings"].get(name):
+            raise CheckpointError(f"{last} was trained with --{name.replace('_', '-')} "
+                                  f"{checkpoint['settings'].get(name)}, not {now[name]}: that is another run")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if run.main:                            # lines of an epoch that was logged but not saved
+        log = args.output / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(lines[:checkpoint["progress"]["epoch"]]))
+        print(f"resumed from {last} after epoch {checkpoint['progress']['epoch']}")
+    return checkpoint["progress"]
+
+
+def save(args, stage: str, model: nn.Module, optimizer, progress: dict, record: dict) -> None:
+    """The epoch's JSON line; last.pt; and best.pt, where the epoch's `score` is the best so far."""
+    with open(args.output / "log.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n")
+    contents = dict(stage=stage, architecture=model.architecture, model=model.state_dict(), settings=plain(args),
+                    progress=progress, scores={k: v for k, v in record.items() if k != "losses"})
+    if "score" in record and (progress["best"] is None or record["score"] > progress["best"]["score"]):
+        progress["best"] = contents["scores"]
+        write(args.output / "best.pt", contents)
+    write(args.output / "last.pt", contents | {"optimizer": optimizer.state_dict()})
+
+
+def write(path: Path, contents: dict) -> None:
+    """A file that is there whole or not at all: written beside its place, flushed to disk, then renamed."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def describe(run: Run, args, model: nn.Module, sources: dict[str, Source], steps: int, lr: float, extra: dict) -> None:
+    """Print what follows from the settings: once, before any work."""
+    if not run.main:
+        return
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{args.size} model, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {run.world} "
+          f"process{'es' if run.world > 1 else ''} on {run.device.type}, {str(run.dtype).removeprefix('torch.')}")
+    for name, source in sources.items():
+        samples = source.samples
+        print(f"{name}s: {len(samples)} of {samples.name} in {samples.root}, stride {samples.stride}; a step takes "
+              f"{source.batch} in micro-batches of {source.micro}")
+        for note in samples.notes:
+            print(f"  {note}")
+        micros = -(-source.batch // source.micro)
+        if micros < run.world:
+            print(f"  {run.world} processes share {micros} micro-batches: some idle; give --micro-batch "
+                  f"{max(1, source.batch // run.world)} or less")
+    print(f"{args.epochs} epochs of {steps // args.epochs} steps, peak learning rate {lr:.3g}"
+          + "".join(f"; {name}: {value}" for name, value in extra.items()))
+    print(f"writing to {args.output}", flush=True)
+
+
+if __name__ == "__main__":
+    guarded(main)
