@@ -323,7 +323,7 @@ class Crop(torch.nn.Module):
 def augmentation(stage: str, dataset: DataSet, pixels: int, strength: str) -> v2.Transform:
     """uint8 (..., 3, h, w) -> uint8 (..., 3, pixels, pixels); one draw serves all frames of a clip.
 
-    stage: "pretrain", "finetune" or "test". strength, for "finetune": "paper", or "light" (crop and flip only), for
+    stage: "pretrain", "finetune" or "test". strength, for "finetune": "paper", or "light" (flip only), for
     training that takes minutes instead of days.
     """
     bicubic = v2.InterpolationMode.BICUBIC
@@ -335,12 +335,12 @@ def augmentation(stage: str, dataset: DataSet, pixels: int, strength: str) -> v2
     if stage == "pretrain":
         # The released code resizes the short side to 192 in between, which changes no crop's place: left out.
         return v2.Compose([Crop(dataset.crop), v2.RandomResizedCrop(pixels, scale=(0.08, 1))])
-    resize = v2.Resize((pixels * 6 // 5,) * 2, antialias=True)              # 192 for 160
     if strength == "light":
-        return v2.Compose([resize, v2.RandomCrop(pixels), v2.RandomHorizontalFlip()])
+        return v2.Compose([v2.Resize((pixels, pixels), antialias=True), v2.RandomHorizontalFlip()])
     erase = v2.RandomErasing(p=0.25, value=[round(255 * mean) for mean in IMAGE_MEAN])
     if dataset.modality == "image":
-        return v2.Compose([resize, v2.RandomCrop(pixels), v2.RandomHorizontalFlip(), randaugment(2, 9), erase])
+        return v2.Compose([v2.Resize((pixels * 6 // 5,) * 2, antialias=True), v2.RandomCrop(pixels),  # 192 for 160
+                           v2.RandomHorizontalFlip(), randaugment(2, 9), erase])
     return v2.Compose([v2.Resize((pixels, pixels), antialias=True), randaugment(4, 7),
                        v2.RandomResizedCrop(pixels, scale=(0.08, 1)), v2.RandomHorizontalFlip(), erase])
 
@@ -353,9 +353,8 @@ def randaugment(operations: int, magnitude: int) -> v2.Transform:
 
 def to_float(x: torch.Tensor) -> torch.Tensor:
     """uint8 images (B, 3, H, W) or clips (B, T, 3, H, W) -> normalised float, clips as (B, 3, T, H, W)."""
-    shape = (3, 1, 1)
-    mean, std = x.new_tensor(IMAGE_MEAN, dtype=torch.float32), x.new_tensor(IMAGE_STD, dtype=torch.float32)
-    x = (x / 255 - mean.view(shape)) / std.view(shape)
+    mean, std = (255 * torch.tensor(values, device=x.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    x = x.float().sub_(mean).div_(std)
     return x if x.ndim == 4 else x.transpose(1, 2)
 
 

@@ -39,7 +39,7 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--weight-decay", type=float, default=0.05, help="of weight matrices; biases and norms have none")
     p.add_argument("--layer-decay", type=float, default=0.75, help="learning rate of a layer over that of the next")
     p.add_argument("--image-share", type=float, default=0.5, help="share of the images that an epoch sees")
-    p.add_argument("--augment", choices=["paper", "light"], default="paper", help="light: random crop and flip only")
+    p.add_argument("--augment", choices=["paper", "light"], default="paper", help="light: horizontal flip only")
     p.add_argument("--mixing", type=float, default=1.0, help="share of micro-batches with mixup 0.8 or cutmix 1.0")
     p.add_argument("--label-smoothing", type=float, default=0.1, help="of the cross-entropy's targets")
     p.add_argument("--experts", type=int, default=8, help="adapters in a MoAE layer, n")

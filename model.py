@@ -258,7 +258,8 @@ class MaskedAutoencoder(nn.Module):
         patches = patchify(x, self.size)                                    # (B, N, P)
         batch, tokens = patches.shape[:2]
         if mask is None:
-            mask = random_mask(batch, tokens, mask_ratio or MASK_RATIO[modality(x)], device=x.device)
+            ratio = MASK_RATIO[modality(x)] if mask_ratio is None else mask_ratio
+            mask = random_mask(batch, tokens, ratio, device=x.device)
         if mask.shape != (batch, tokens) or mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool {(batch, tokens)}, got {mask.dtype} {tuple(mask.shape)}")
         masked = int(mask[0].sum())
@@ -274,29 +275,25 @@ class MaskedAutoencoder(nn.Module):
         z = self.encoder_to_decoder(z)
         z = torch.cat([z, self.mask_token.expand(batch, masked, -1).to(z.dtype)], dim=1)
         pred = self.decoder(z + take(self.decoder_positions, order), masked)  # (B, M, P)
-        return self.loss(pred, take(patches, hidden)), pred, mask
-
-    @staticmethod
-    def loss(pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Squared error against per-patch, per-channel normalised pixels; pred and patches (B, M, P) -> scalar."""
-        error = at_least_fp32(pred) - normalised_target(patches)[0]
-        # Eq. (2). As printed it divides by sum(M), but Eq. (1) makes M = 1 mean visible: it would divide the masked
-        # tokens' error by the number of visible ones. All implementations divide by the number of masked tokens.
-        return error.square().mean(-1).sum() / error.shape[:2].numel()
+        # Eq. (2), in fp32: the mean over a token's values, then over the masked tokens of the batch. As printed it
+        # divides by sum(M), but with M = 1 for visible in Eq. (1) that would divide the error of the masked tokens
+        # by the number of visible ones; every implementation divides by the number of masked tokens.
+        loss = F.mse_loss(at_least_fp32(pred), normalised_target(take(patches, hidden))[0])
+        return loss, pred, mask
 
 
 def normalised_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the decoder must predict: a patch's pixels, normalised by the patch's own mean and deviation per channel.
+    """What the decoder must predict: pixels in [0, 1], normalised by their own patch's mean and deviation per channel.
 
-    patches: (B, M, P), normalised with IMAGE_MEAN and IMAGE_STD. Returns the target (B, M, P) and, to undo the
-    normalisation, the patches' means and deviations in pixels of [0, 1], (B, M, 1, 3) each.
+    patches: (B, M, P), normalised with IMAGE_MEAN and IMAGE_STD. Returns the target (B, M, P) and, to undo it, the
+    patches' mean and deviation in units of `patches`, (B, M, 1, 3) each.
     """
-    pixels = at_least_fp32(patches).unflatten(-1, (-1, 3))                  # (B, M, P / 3, 3), channel last
-    pixels = pixels * pixels.new_tensor(IMAGE_STD) + pixels.new_tensor(IMAGE_MEAN)  # back to [0, 1]
-    mean = pixels.mean(dim=2, keepdim=True)                                 # (B, M, 1, 3)
-    centred = pixels - mean
-    variance = centred.square().sum(dim=2, keepdim=True) / (pixels.shape[2] - 1)  # unbiased
-    deviation = (variance + 1e-6).sqrt()
+    values = at_least_fp32(patches).unflatten(-1, (-1, 3))                  # (B, M, P / 3, 3), channel last
+    mean = values.mean(dim=2, keepdim=True)
+    centred = values - mean
+    variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
+    # (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1], of which `values` are pixels / std + constant
+    deviation = (variance + 1e-6 / values.new_tensor(IMAGE_STD).square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
 
 
