@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -97,7 +96,11 @@ CATALOGUE = {
     "synthetic-images": below("synthetic", AFFECTNET_7, 1),
     "synthetic-unlabelled": below("synthetic", VOXCELEB2, 2),
 }
-NAMES = {mode: [name for name, entry in CATALOGUE.items() if entry.modality == mode] for mode in ("image", "video")}
+
+
+def names(modality: str, labelled: bool = False) -> list[str]:
+    """The catalogue's data sets of a modality; `labelled`: only those with classes."""
+    return [name for name, entry in CATALOGUE.items() if entry.modality == modality and (entry.classes or not labelled)]
 
 
 @dataclass
@@ -133,23 +136,29 @@ def read_split(path: Path) -> tuple[list[str], np.ndarray]:
     DataError where the file is empty, a line has no label, or a label is no whole number.
     """
     separator = "," if path.suffix == ".csv" else None
-    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not encoded in UTF-8: {error}") from error
     rows = [line.rsplit(separator, 1) for line in lines]
-    if rows and not re.fullmatch(r"[+-]?\d+", rows[0][-1].strip()):
-        rows = rows[1:]                     # "video_name,label", "path,id" or "video_name,labels"
+    if rows and rows[0][-1].strip().lower() in ("label", "labels", "id"):
+        rows = rows[1:]                     # a header line
     if not rows:
         raise DataError(f"{path} holds no samples: expected lines of name{separator or ' '}label")
     for number, row in enumerate(rows, start=len(lines) - len(rows) + 1):
-        if len(row) != 2 or not re.fullmatch(r"[+-]?\d+", row[1].strip()):
+        if len(row) != 2 or not row[0].strip() or not re.fullmatch(r"[+-]?\d+", row[1].strip()):
             raise DataError(f"{path}, line {number}: {lines[number - 1]!r}: expected name{separator or ' '}label "
                             "with a whole number as label")
     return [row[0].strip() for row in rows], np.array([int(row[1]) for row in rows])
 
 
-def zero_based(labels: np.ndarray, dataset: DataSet, path: Path) -> tuple[np.ndarray, str]:
-    """Labels 0 to C - 1 and a note on what was found; DataError for anything else, before any training."""
+def zero_based(labels: np.ndarray, both: np.ndarray, dataset: DataSet, path: Path) -> tuple[np.ndarray, str]:
+    """Labels 0 to C - 1 and a note on what was found; DataError for anything else, before any training.
+
+    both: the labels of the training and the test file together, which tell whether they count from 1.
+    """
     n, found = len(dataset.classes), f"{path}: labels run from {labels.min()} to {labels.max()}"
-    if labels.min() == 1 and labels.max() == n:
+    if both.min() == 1 and both.max() == n:
         if dataset.one_based:
             return labels - 1, f"{found}: counted from 1, mapped to 0 to {n - 1}"
         raise DataError(f"{found}, but must run from 0 to {n - 1} ({', '.join(dataset.classes)}): "
@@ -204,7 +213,9 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1) -> Sampl
     if not path.is_file():
         raise DataError(missing_message(name, data_root, fold, f"{path} is not there"))
     names, labels = read_split(path)
-    labels, note = zero_based(labels, dataset, path)
+    files = {data_root / part.format(fold=fold) for part in (dataset.train, dataset.test)}
+    both = np.concatenate([read_split(file)[1] for file in files if file.is_file()])
+    labels, note = zero_based(labels, both, dataset, path)
     names = locate(root, names, dataset.modality, path)
     notes = [note]
     if root != data_root / dataset.media[0][0]:
@@ -228,15 +239,14 @@ def natural(name: str) -> list:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """An image as uint8 (3, H, W), upright; whatever its name says, its content decides the format."""
-    try:
-        return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError:
-        pass                                # formats that torchvision lacks, such as AffectNet's BMP and TIFF
+    """An image as uint8 (3, H, W), upright; its content, not its name, decides the format. The first of an animation."""
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError) as error:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip instead of scale
+                image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -262,7 +272,10 @@ def read_clip(path: Path, choose) -> torch.Tensor:
                 raise DataError(f"{path} has no video stream")
             stream = container.streams.video[0]
             stream.thread_count = 1         # loading processes run side by side already
-            total = sum(packet.size > 0 for packet in container.demux(stream))  # what is there, not what is declared
+            if any(entry.pos + entry.size > path.stat().st_size for entry in stream.index_entries):
+                raise DataError(f"{path} is truncated: its index lists frames beyond the end of the file")
+            # Counted, not as declared; trimming without re-encoding leaves packets that are not to be shown.
+            total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
             container.seek(0)
             wanted = choose(total) if total else []
             to_rgb = VideoReformatter()     # one for all frames: it keeps its conversion tables

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import CATALOGUE, DataError, Samples, TestData, ensure_synthetic, load_samples, loader, to_float
+from data import CATALOGUE, DataError, Samples, TestData, ensure_synthetic, load_samples, loader, names, to_float
 from model import S4D, CheckpointError, at_least_fp32, load_checkpoint, read_checkpoint
 from pretrain import Formatter, Run, guarded, start
 
 
 @torch.no_grad()
-def predict(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16, progress: bool = True) -> np.ndarray:
+def predict(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> np.ndarray:
     """Probabilities (n, C) float64 of all samples, the same in every process.
 
     Clips of a video: softmax of each, then the mean (Section IV-B). Batches are fixed by the sample order and dealt
@@ -34,7 +34,7 @@ def predict(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 1
     result = torch.zeros(n, len(samples.dataset.classes), dtype=torch.float64)
     batches = loader(TestData(samples, model.size), workers, batch_sampler=chunks[run.rank::run.world])
     for index, views, _ in tqdm(batches, desc=f"evaluating {samples.name}", leave=False,
-                                disable=not (run.main and progress)):
+                                disable=not run.main):
         x = to_float(views.flatten(0, 1).to(run.device))                    # (B v, 3, H, W) or (B v, 3, T, H, W)
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
             logits = model(x)
@@ -66,7 +66,7 @@ def metrics(confusion: np.ndarray) -> dict:
                 confusion=confusion.tolist())
 
 
-def evaluate(model: S4D, samples: Samples, run: Run, workers: int, progress: bool = True) -> dict:
+def evaluate(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> dict:
     """Metrics of the samples' own head. DataError if its classes are not those of the data set."""
     source, classes = samples.dataset.modality, list(samples.dataset.classes)
     if model.architecture[f"{source}_classes"] != classes:
@@ -74,7 +74,7 @@ def evaluate(model: S4D, samples: Samples, run: Run, workers: int, progress: boo
                         f"{samples.name} has {classes}")
     if not len(samples):
         raise DataError(f"{samples.name} has no samples to evaluate")
-    predictions = predict(model, samples, run, workers, progress=progress).argmax(1)
+    predictions = predict(model, samples, run, workers, batch).argmax(1)
     return metrics(confusion_matrix(samples.labels, predictions, len(classes)))
 
 
@@ -96,10 +96,11 @@ def table(scores: dict, classes: tuple[str, ...]) -> str:
 def settings() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     p.add_argument("--checkpoint", type=Path, required=True, help="best.pt or last.pt of finetune.py")
-    p.add_argument("--dataset", choices=[name for name, entry in CATALOGUE.items() if entry.classes],
+    p.add_argument("--dataset", choices=[*names("video", labelled=True), *names("image", labelled=True)],
                    help="data set to test on (those that the checkpoint was trained on)")
     p.add_argument("--fold", type=int, help="its fold (the checkpoint's)")
     p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets (layouts: README)")
+    p.add_argument("--batch-size", type=int, default=16, help="samples that one process computes at once")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes per process")
     p.add_argument("--output", type=Path, help="folder for evaluation.json (the checkpoint's)")
     return p
@@ -107,6 +108,8 @@ def settings() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = settings().parse_args()
+    if args.batch_size < 1:
+        settings().error(f"--batch-size {args.batch_size}: expected 1 or more")
     run = start()
     checkpoint = read_checkpoint(args.checkpoint)
     model = load_checkpoint(args.checkpoint)
@@ -115,13 +118,13 @@ def main() -> None:
                               "has no classes; fine-tune it first (finetune.py --pretrained)")
     model.to(run.device)
     trained = checkpoint["settings"]
-    names = [args.dataset] if args.dataset else [trained[f"{source}s"] for source in model.head]
-    ensure_synthetic(names, args.data_root, run)
+    datasets = [args.dataset] if args.dataset else [trained[f"{source}s"] for source in model.head]
+    ensure_synthetic(datasets, args.data_root, run)
     results = {}
-    for name in names:
+    for name in datasets:
         fold = args.fold or (trained["fold"] if CATALOGUE[name].folds > 1 else 1)
         samples = load_samples(name, args.data_root, "test", fold)
-        results[name] = evaluate(model, samples, run, args.workers) | {"fold": fold, "samples": len(samples)}
+        results[name] = evaluate(model, samples, run, args.workers, args.batch_size) | {"fold": fold, "samples": len(samples)}
         if run.main:
             folds = f", fold {fold}" if CATALOGUE[name].folds > 1 else ""
             print(f"\n{name}{folds}: {len(samples)} test samples, {args.checkpoint} after epoch "

@@ -15,9 +15,10 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import CATALOGUE, NAMES, Schedule, Source, TrainingData, ensure_synthetic, hold_out, load_samples, to_float
+from data import (DataError, Schedule, Source, TrainingData, ensure_synthetic, hold_out, load_samples, names,
+                  to_float)
 from evaluate import evaluate, table
-from model import S4D, CheckpointError, at_least_fp32, load_encoder, modality
+from model import S4D, CheckpointError, at_least_fp32, load_checkpoint, load_encoder, modality, read_checkpoint
 from pretrain import Rate, common_settings, decayed, describe, guarded, parse, start, train
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
@@ -26,9 +27,9 @@ TINY = dict(epochs=25, lr=1e-3, layer_decay=0.9, augment="light", mixing=0.0, im
 
 def settings() -> argparse.ArgumentParser:
     """Every setting of stage 2; the defaults are the paper's (Section IV-B)."""
-    p = common_settings(__doc__)
-    p.add_argument("--dataset", default="dfew", choices=["none", *NAMES["video"]], help="labelled clips, or none")
-    p.add_argument("--image-dataset", choices=["none", *NAMES["image"]],
+    p = common_settings(__doc__, TINY)
+    p.add_argument("--dataset", default="dfew", choices=["none", *names("video", labelled=True)], help="labelled clips, or none")
+    p.add_argument("--image-dataset", choices=["none", *names("image", labelled=True)],
                    help="labelled images, or none (affectnet-7, or synthetic-images)")
     p.add_argument("--pretrained", help="stage-1 checkpoint, or none (last.pt of pretrain.py's default run)")
     p.add_argument("--epochs", type=int, default=100, help="passes over the clips")
@@ -45,11 +46,15 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--experts", type=int, default=8, help="adapters in a MoAE layer, n")
     p.add_argument("--k", type=int, default=2, help="experts per token")
     p.add_argument("--adapter-width", type=int, help="bottleneck width r (a quarter of the token width)")
-    p.add_argument("--moae-layers", help="layers with experts, as 6,7,8,9,10,11, or none (the last half)")
+    p.add_argument("--moae-layers", type=layer_list, help="layers with experts, as 6,7,8,9,10,11, or none (the last half)")
     p.add_argument("--sigma", type=float, help="fixed deviation of the gate's noise (learned per token and expert)")
     p.add_argument("--validation", type=float, default=0.0,
                    help="share of the training fold held out to choose the best epoch (0: the test fold chooses)")
     return p
+
+
+def layer_list(text: str) -> list[int]:
+    return [] if text == "none" else [int(number) for number in text.split(",")]
 
 
 def main() -> None:
@@ -59,14 +64,10 @@ def main() -> None:
     args.videos, args.images = args.dataset, args.image_dataset or ("synthetic-images" if synthetic else "affectnet-7")
     args.output = args.output or Path("runs") / args.dataset / f"fold{args.fold}"
     pretrained = args.pretrained or f"runs/pretrain-{'synthetic' if synthetic else 'voxceleb2'}/last.pt"
-    ensure_synthetic([args.videos, args.images], args.data_root, run)
-    sources, validation, test = load_sources(args)
+    sources, validation, test = load_sources(args, run)
 
     torch.manual_seed(args.seed)
-    layers = args.moae_layers and [int(i) for i in args.moae_layers.split(",") if args.moae_layers != "none"]
-    model = S4D(args.size, *(CATALOGUE[getattr(args, f"{name}s")].classes if name in sources else ()
-                             for name in ("image", "video")),
-                experts=args.experts, k=args.k, adapter_width=args.adapter_width, moae_layers=layers, sigma=args.sigma)
+    model = build(args, *(sources[name].samples.dataset.classes if name in sources else () for name in ("image", "video")))
     loaded = "trained from scratch" if pretrained == "none" else load_encoder(model, find(pretrained))
     model.to(run.device)
     lr = args.lr * args.batch_size / 32
@@ -80,18 +81,29 @@ def main() -> None:
     rate = Rate(lr, int(args.warmup_epochs * per_epoch), args.epochs * per_epoch, first=1.25e-7, end=1.25e-7)
 
     def end_of_epoch(epoch: int) -> dict:
-        scores = {name: evaluate(model, samples, run, args.workers, progress=False)
-                  for name, samples in (validation or test).items()}
-        return dict(score=scores["video" if "video" in scores else "image"]["war"], test=scores)
+        scores = {name: evaluate(model, samples, run, args.workers) for name, samples in (validation or test).items()}
+        return {"score": scores["video" if "video" in scores else "image"]["war"],
+                "validation" if validation else "test": scores}
 
     module = JointLoss(model, args.mixing, args.label_smoothing)
-    progress = train(run, args, "finetune", model, module, optimizer, rate, schedule,
+    train(run, args, "finetune", model, module, optimizer, rate, schedule,
                      TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
-    report(run, args, model, progress, validation, test)
+    report(run, args, test, "held-out training data" if validation else "the test fold itself, as the paper's code does")
 
 
-def load_sources(args) -> tuple[dict, dict, dict]:
+def build(args, image_classes, video_classes) -> S4D:
+    try:
+        return S4D(args.size, image_classes, video_classes, args.experts, args.k, args.adapter_width, args.moae_layers,
+                   args.sigma)
+    except ValueError as error:
+        raise DataError(f"these settings make no model: {error}") from error
+
+
+def load_sources(args, run) -> tuple[dict, dict, dict]:
     """Training sources, validation samples (empty without --validation) and test samples, by modality."""
+    if args.videos == args.images == "none":
+        raise DataError("--dataset none and --image-dataset none leave nothing to train on")
+    ensure_synthetic([args.videos, args.images], args.data_root, run)
     sources, validation, test = {}, {}, {}
     batches = {"image": args.image_batch_size or 2 * args.batch_size, "video": args.batch_size}
     micro = args.micro_batch or -(-args.batch_size // 2)
@@ -105,8 +117,6 @@ def load_sources(args) -> tuple[dict, dict, dict]:
             samples, validation[name] = hold_out(samples, args.validation, args.seed)
         sources[name] = Source(samples, batch, -(-micro * batch // args.batch_size),
                                share=args.image_share if name == "image" else 1.0, balanced=name == "image")
-    if not sources:
-        raise SystemExit("--dataset none and --image-dataset none leave nothing to train on")
     return sources, validation, test
 
 
@@ -149,20 +159,18 @@ def layer_of(name: str, depth: int) -> int:
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
 
-def report(run, args, model: S4D, progress: dict, validation: dict, test: dict) -> None:
-    """Print the last epoch and the best one, and say which data chose it."""
-    chosen_by = "held-out training data" if validation else "the test fold itself, as in the released code"
-    last = {name: evaluate(model, samples, run, args.workers, progress=False) for name, samples in test.items()}
-    if not run.main:
-        return
-    best = progress["best"]
-    for name, scores in last.items():
-        dataset = CATALOGUE[test[name].name]
-        print(f"\n{test[name].name}, {len(test[name])} test {name}s, last epoch ({args.epochs})\n"
-              f"{table(scores, dataset.classes)}")
-    shown = "; ".join(f"{name} UAR {scores['uar']:.4f} WAR {scores['war']:.4f}" for name, scores in best["test"].items())
-    print(f"\nbest epoch: {best['epoch']}, chosen by WAR on {chosen_by}: {shown}\n{args.output}/best.pt, "
-          f"{args.output}/last.pt and one line per epoch in {args.output}/log.jsonl")
+def report(run, args, test: dict, chosen_by: str) -> None:
+    """Test the last epoch and the best one, and say which data chose it."""
+    for file, title in (("last.pt", "last epoch"), ("best.pt", f"best epoch, chosen by WAR on {chosen_by}")):
+        run.barrier()                       # the first process writes these files
+        path = args.output / file
+        epoch = read_checkpoint(path)["progress"]["epoch"]
+        model = load_checkpoint(path).to(run.device)
+        for samples in test.values():
+            scores = evaluate(model, samples, run, args.workers)
+            if run.main:
+                print(f"\n{samples.name}, {len(samples)} test samples, {path}: epoch {epoch}, {title}\n"
+                      f"{table(scores, samples.dataset.classes)}")
 
 
 if __name__ == "__main__":

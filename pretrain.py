@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import NAMES, DataError, Samples, Schedule, Source, TrainingData, ensure_synthetic, load_samples, loader, to_float
+from data import DataError, Schedule, Source, TrainingData, ensure_synthetic, load_samples, loader, names, to_float
 from model import MASK_RATIO, SIZES, CheckpointError, MaskedAutoencoder, modality, read_checkpoint
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
@@ -32,9 +32,9 @@ TINY = dict(epochs=60, batch_size=64, lr=8e-3, repeats=4)
 
 def settings() -> argparse.ArgumentParser:
     """Every setting of stage 1; the defaults are the paper's (Section IV-B)."""
-    p = common_settings(__doc__)
-    p.add_argument("--dataset", default="voxceleb2", choices=["none", *NAMES["video"]], help="videos, or none")
-    p.add_argument("--image-dataset", choices=["none", *NAMES["image"]],
+    p = common_settings(__doc__, TINY)
+    p.add_argument("--dataset", default="voxceleb2", choices=["none", *names("video")], help="videos, or none")
+    p.add_argument("--image-dataset", choices=["none", *names("image")],
                    help="images, or none (affectnet-8, or synthetic-images)")
     p.add_argument("--epochs", type=int, default=100, help="passes over the data")
     p.add_argument("--batch-size", type=int, default=384, help="images or clips of one optimiser step, all processes")
@@ -48,9 +48,11 @@ def settings() -> argparse.ArgumentParser:
     return p
 
 
-def common_settings(description: str) -> argparse.ArgumentParser:
+def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
     """The settings that both stages have under the same names and with the same defaults."""
-    p = argparse.ArgumentParser(description=description, formatter_class=Formatter)
+    changed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in tiny.items())
+    p = argparse.ArgumentParser(description=description, formatter_class=Formatter,
+                                epilog=f"with --size tiny the defaults are {changed}")
     p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets (layouts: README)")
     p.add_argument("--fold", type=int, default=1, help="cross-validation fold, counted from 1")
     p.add_argument("--size", choices=list(SIZES), help="of the model (base, or tiny on synthetic faces)")
@@ -64,7 +66,10 @@ def common_settings(description: str) -> argparse.ArgumentParser:
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the description as it was written."""
+    """Shows the description as it was written, and the defaults that the help text does not tell in words."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,6 +86,9 @@ def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None)
     for name in ("workers", "lr", "image_share", "seed"):
         if getattr(args, name) < 0:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
+    for name in ("video_mask_ratio", "image_mask_ratio", "validation"):
+        if not 0 <= getattr(args, name, 0) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a share from 0 to below 1")
     return args
 
 
@@ -88,25 +96,16 @@ def main() -> None:
     args = parse(settings(), TINY)
     run = start()
     args.output = args.output or Path("runs") / f"pretrain-{args.dataset}"
-    videos = {"synthetic": "synthetic-unlabelled"}.get(args.dataset, args.dataset)
-    images = args.image_dataset or ("synthetic-images" if args.dataset == "synthetic" else "affectnet-8")
-    ensure_synthetic([videos, images], args.data_root, run)
-    micro = args.micro_batch or -(-args.batch_size // 2)
-    sources = {}
-    if images != "none":
-        sources["image"] = Source(load_samples(images, args.data_root, "train", args.fold), args.batch_size, micro,
-                                  share=args.image_share)
-    if videos != "none":
-        sources["video"] = Source(load_samples(videos, args.data_root, "train", args.fold), args.batch_size, micro,
-                                  repeats=args.repeats)
-    if not sources:
-        raise SystemExit("--dataset none and --image-dataset none leave nothing to train on")
+    args.videos = {"synthetic": "synthetic-unlabelled"}.get(args.dataset, args.dataset)
+    args.images = args.image_dataset or ("synthetic-images" if args.dataset == "synthetic" else "affectnet-8")
+    sources = load_sources(args, run)
 
     torch.manual_seed(args.seed)
     model = MaskedAutoencoder(args.size).to(run.device)
     module = ReconstructionLoss(model, {"image": args.image_mask_ratio, "video": args.video_mask_ratio})
     lr = args.lr * args.batch_size / 512
-    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay), lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay), lr, betas=(0.9, 0.95),
+                                  fused=True)
     schedule = Schedule(sources, args.seed, args.epochs, run.rank, run.world)
     steps = args.epochs * schedule.steps_per_epoch()
     describe(run, args, model, sources, steps, lr, {"masked tokens": {
@@ -114,6 +113,24 @@ def main() -> None:
     rate = Rate(lr, int(args.warmup * steps), steps, first=1e-6, end=0.0)
     train(run, args, "pretrain", model, module, optimizer, rate, schedule,
           TrainingData(sources, "pretrain", model.size))
+
+
+def load_sources(args, run) -> dict[str, Source]:
+    """The training data by modality."""
+    if args.videos == args.images == "none":
+        raise DataError("--dataset none and --image-dataset none leave nothing to train on")
+    ensure_synthetic([args.videos, args.images], args.data_root, run)
+    micro, sources = args.micro_batch or -(-args.batch_size // 2), {}
+    if args.images != "none":
+        sources["image"] = Source(load_samples(args.images, args.data_root, "train"), args.batch_size, micro,
+                                  share=args.image_share)
+    if args.videos != "none":
+        if args.batch_size % args.repeats or micro % args.repeats:
+            raise DataError(f"--repeats {args.repeats} must divide --batch-size {args.batch_size} and the micro-batch "
+                            f"{micro}: a micro-batch holds all samples of a decoded clip")
+        sources["video"] = Source(load_samples(args.videos, args.data_root, "train", args.fold), args.batch_size,
+                                  micro, repeats=args.repeats)
+    return sources
 
 
 class ReconstructionLoss(nn.Module):
@@ -284,14 +301,14 @@ def precision(device: torch.device) -> torch.dtype:
 
 
 def guarded(main) -> None:
-    """Run a script's main: expected errors become one line and exit status 1, and the processes part in order."""
+    """Run a script's main: an expected error becomes its message and exit status 1, without a traceback."""
     try:
         main()
     except (DataError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        # A loading process wraps its error in the text of its traceback, which ends in the message.
+        sys.exit(f"error: {str(error).rsplit('Error: ', 1)[-1].strip()}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------- the run's folder

@@ -1,0 +1,37 @@
+"""Shared by all tests: the project on the import path, small synthetic data, and the real commands as a user runs them."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import write_synthetic  # noqa: E402  (needs the path above)
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> Path:
+    """A data root with few synthetic faces: 105 + 14 images, 35 labelled clips, 80 videos."""
+    root = tmp_path_factory.mktemp("data")
+    write_synthetic(root / "synthetic", seed=0, scale=0.05)
+    return root
+
+
+def start_command(folder: Path, script: str, *arguments, processes: int = 1) -> subprocess.Popen:
+    """Start one of the project's scripts in a folder of its own; `processes` > 1 goes through torchrun."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, arguments)], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "100"})
+
+
+def run_command(folder: Path, script: str, *arguments, processes: int = 1, status: int = 0) -> str:
+    """Run a script to its end; returns what it printed, and fails if it ends with another exit status."""
+    process = start_command(folder, script, *arguments, processes=processes)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, f"exit status {process.returncode}:\n{output}"
+    return output

@@ -1,0 +1,584 @@
+"""Behaviour of data.py: split files, readers, clip sampling, augmentation, schedule, loading and synthetic faces."""
+import hashlib
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import data  # noqa: E402
+from data import CATALOGUE, DataError, Samples, Schedule, Source, load_samples, read_clip, read_image  # noqa: E402
+from model import Size  # noqa: E402
+
+ANNOTATIONS = REPO.parent / "shared" / "annotations"
+SMALL = Size(32, 1, 2, 32, 2, 1, pixels=32, patch=8)  # 16 frames of 32 x 32
+
+
+# ----------------------------------------------------------------------------------------------------- split files
+
+# Folder of samples and training list as people have them: written out here so that a wrong catalogue is noticed.
+LAYOUT = {
+    "dfew": ("DFEW/clip_jpg_256", "DFEW/EmoLabel_DataSplit/train(single-labeled)/train_set_1.csv"),
+    "ferv39k": ("FERV39K/2_ClipsforFaceCrop", "FERV39K/Annotation/train.csv"),
+    "mafw": ("MAFW/frames_crop_align_224", "MAFW/anno/single/no_caption/set_1/train.csv"),
+    "affectnet-7": ("AffectNet/Manually_Annotated_Images", "AffectNet/train_affectnet7.txt"),
+}
+
+
+def write_set(root: Path, name: str, text: str, samples: list[str], media: str = "") -> Path:
+    """Write the training list and empty samples: folders for clips, files for images and where there is a suffix."""
+    folder, split = LAYOUT[name]
+    (root / split).parent.mkdir(parents=True, exist_ok=True)
+    (root / split).write_bytes(text.encode(errors="surrogateescape"))
+    for sample in samples:
+        path = root / (media or folder) / sample
+        if path.suffix:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        else:
+            path.mkdir(parents=True)
+    return root / split
+
+
+def paths_of(samples: Samples) -> list[str]:
+    return [str(samples.path(i).relative_to(samples.root)) for i in range(len(samples))]
+
+
+def error_of(name: str, root: Path, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        load_samples(name, root, "train", **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name, text, paths, labels, stride, said", [
+    ("dfew", "video_name,label\n00001,0\n00010,6\n", ["00001", "00010"], [0, 6], 4, "0 to 6"),
+    ("dfew", "video_name,label\n00001,1\n00010,7\n", ["00001", "00010"], [0, 6], 4, "1 to 7"),  # as handed out
+    ("dfew", "video_name,label\r\n00001,0\r\n00002,6\r\n", ["00001", "00002"], [0, 6], 4, "0 to 6"),
+    ("dfew", "\ufeff00001,0\r\n00002,6\r\n", ["00001", "00002"], [0, 6], 4, "0 to 6"),
+    ("dfew", "\ufeffvideo_name,label\n\n00001, 0\n00002,6\n\n", ["00001", "00002"], [0, 6], 4, "0 to 6"),
+    ("ferv39k", "path,id\nInterview/Happy/0118,3\nCrime/Angry/0063,0\n", ["Interview/Happy/0118", "Crime/Angry/0063"],
+     [3, 0], 1, "0 to 3"),
+    ("mafw", "video_name,labels\n00025,0\n00028,10\n", ["00025", "00028"], [0, 10], 4, "0 to 10"),
+    ("affectnet-7", "1/a b.jpg 2\n2/Müller 表情.png 0\n3/x,y.bmp 6\n", ["1/a b.jpg", "2/Müller 表情.png", "3/x,y.bmp"],
+     [2, 0, 6], 1, "0 to 6"),               # no header: the first line is a sample
+])
+def test_split_files_as_people_have_them(tmp_path, name, text, paths, labels, stride, said):
+    split = write_set(tmp_path, name, text, paths)
+    samples = load_samples(name, tmp_path, "train")
+    assert paths_of(samples) == paths and samples.labels.tolist() == labels and samples.stride == stride
+    assert len(samples.counts()) == (11 if name == "mafw" else 7) and sum(samples.counts()) == len(paths)
+    assert any(said in note and str(split) in note for note in samples.notes)
+
+
+@pytest.mark.parametrize("listed", ["00007", "7"])
+@pytest.mark.parametrize("stored", ["00007", "7", "00007.mp4", "7.avi"])
+def test_dfew_names_with_and_without_zeros_find_folders_and_videos(tmp_path, listed, stored):
+    write_set(tmp_path, "dfew", f"video_name,label\n{listed},3\n", [stored])
+    assert paths_of(load_samples("dfew", tmp_path, "train")) == [stored]
+
+
+def test_the_16_frame_version_of_dfew_has_stride_1_and_is_said(tmp_path):
+    write_set(tmp_path, "dfew", "video_name,label\n00001,0\n", ["00001"], media="DFEW/Clip/clip_224x224_16f")
+    samples = load_samples("dfew", tmp_path, "train")
+    assert samples.stride == 1
+    assert any("clip_224x224_16f" in note and "stride 1" in note for note in samples.notes)
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("dfew", "", ["no samples"]),
+    ("dfew", "video_name,label\n", ["no samples"]),
+    ("dfew", "video_name,label\n,0\n", ["line 2"]),
+    ("dfew", "video_name,label\nM\udcfcller,0\n", ["UTF-8"]),  # Latin 1
+    ("dfew", "00001,hapy\n00002,1\n", ["line 1", "hapy"]),  # no header: skipping it would lose a sample silently
+    ("dfew", "video_name,label\n00001,0\n00002,8\n", ["8", "out of range"]),
+    ("dfew", "video_name,label\n00001,-1\n00002,2\n", ["-1", "out of range"]),
+    ("dfew", "video_name,label\n00001,0\n00002,happy\n", ["line 3", "happy"]),
+    ("dfew", "video_name,label\n00001,0\n00002,1.5\n", ["line 3", "1.5"]),
+    ("dfew", "video_name,label\n00001,0\n00002\n", ["line 3", "00002"]),
+    ("affectnet-7", "00001 1\n00002 7\n", ["counted from 1", "0 to 6"]),
+    ("ferv39k", "path,id\n00001,1\n00002,7\n", ["counted from 1", "0 to 6"]),
+], ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "")
+def test_a_bad_list_is_an_error_that_names_file_and_value(tmp_path, name, text, words):
+    split = write_set(tmp_path, name, text, ["00001", "00002"])
+    message = error_of(name, tmp_path)
+    assert all(word in message for word in [str(split), *words]), message
+
+
+
+def test_missing_data_names_what_was_looked_for_and_the_synthetic_way_out(tmp_path):
+    for name, (folder, split) in LAYOUT.items():
+        message = error_of(name, tmp_path)
+        assert str(tmp_path / folder) in message and str(tmp_path / split) in message, message
+        assert "synthetic" in message
+    write_set(tmp_path, "dfew", "video_name,label\n00001,0\n00002,1\n00003,2\n", ["00001", "00003"])
+    message = error_of("dfew", tmp_path)
+    assert "00002" in message and "00001" not in message and str(tmp_path / LAYOUT["dfew"][0]) in message
+    assert "fold 6" in error_of("dfew", tmp_path, fold=6)
+    assert "defw" in error_of("defw", tmp_path) and "ferv39k" in error_of("defw", tmp_path)  # and what there is
+
+
+def test_voxceleb2_is_every_video_of_its_tree(tmp_path):
+    videos = ["id00012/21Uxsk56VDQ/00001.mp4", "id00012/21Uxsk56VDQ/00002.mp4", "id00015/0fijmz4vTVU/00001.mp4"]
+    for name in [*videos, "id00012/21Uxsk56VDQ/00001.txt", "notes/x/00001.mp4"]:
+        (tmp_path / "VoxCeleb2" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "VoxCeleb2" / name).touch()
+    samples = load_samples("voxceleb2", tmp_path, "train")
+    assert paths_of(samples) == videos and set(samples.labels) == {-1} and samples.stride == 4
+    shutil.rmtree(tmp_path / "VoxCeleb2")
+    assert str(tmp_path / "VoxCeleb2") in error_of("voxceleb2", tmp_path)
+
+
+@pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the real split files are not beside the repository")
+def test_real_split_files_hold_the_published_counts():
+    def labels(name, path):
+        found = data.read_split(ANNOTATIONS / path)[1]
+        return data.zero_based(found, found, CATALOGUE[name], path)[0]
+
+    dfew = [labels("dfew", f"DFEW/test_set_{fold}.csv") for fold in range(1, 6)]
+    assert [len(fold) for fold in dfew] == [2341, 2341, 2340, 2339, 2336]
+    assert np.bincount(dfew[0]).tolist() == [489, 379, 534, 435, 294, 29, 181]
+    mafw = [len(labels("mafw", f"MAFW/set_{fold}/test.csv")) for fold in range(1, 6)]
+    assert mafw == [1839, 1837, 1833, 1832, 1831]
+    assert [len(labels("ferv39k", f"FERV39K/{split}.csv")) for split in ("train", "test")] == [31088, 7847]
+    assert len(labels("affectnet-7", "AffectNet/test_affectnet7.txt")) == 3267
+    names, ids = data.read_split(ANNOTATIONS / "FERV39K/train.csv")  # names hold the class: checks the label order
+    assert all(name.split("/")[1].lower() == CATALOGUE["ferv39k"].classes[i] for name, i in zip(names, ids))
+
+
+# --------------------------------------------------------------------------------------------------------- readers
+
+GREY_STEP = 6  # frame i of a test video is grey level 6 * i: far enough apart for a codec
+
+
+def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **container_options) -> Path:
+    with av.open(str(path), "w", options=container_options) as container:
+        stream = container.add_stream(codec, rate=25, options={"crf": "10"} if codec == "libx264" else {"qmax": "2"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def grey_frames(n: int) -> np.ndarray:
+    frames = np.broadcast_to((GREY_STEP * np.arange(n, dtype=np.uint8))[:, None, None, None], (n, 32, 32, 3)).copy()
+    frames[:, 16:, 16:] = 200, 40, 60       # red below on the right
+    return frames
+
+
+def numbers_of(clip: torch.Tensor) -> list[int]:
+    """The frame numbers that the grey levels of frames (T, 3, H, W) stand for."""
+    return (clip[..., :8].float().mean((1, 2, 3)) / GREY_STEP).round().int().tolist()
+
+
+@pytest.mark.parametrize("suffix, codec", [(".mp4", "libx264"), (".avi", "mpeg4"), (".avi", "libx264")])
+def test_a_video_gives_exactly_the_frames_asked_for_in_that_order(tmp_path, suffix, codec):
+    path = write_video(tmp_path / f"clip{suffix}", grey_frames(40), codec)
+    wanted, counts = [39, 0, 7, 7, 8, 31, 0], []
+    clip = read_clip(path, lambda n: counts.append(n) or wanted)
+    assert counts == [40] and numbers_of(clip) == wanted
+    assert clip.dtype == torch.uint8 and clip.shape == (7, 3, 32, 32)
+    assert (clip[:, :, 24, 24] - torch.tensor([200.0, 40, 60])).abs().max() < 20
+    assert numbers_of(read_clip(path, range)) == list(range(40))
+    samples = Samples("dfew", tmp_path, np.array([path.name.encode()]), np.array([3]), stride=1)
+    _, views, label = data.TestData(samples, SMALL)[0]  # as evaluation sees it
+    assert label == 3 and [numbers_of(view) for view in views] == [list(range(16)), list(range(24, 40))]
+
+
+def test_a_video_trimmed_without_reencoding_shows_what_a_player_shows(tmp_path):
+    """`ffmpeg -ss -c copy` and telephones keep the frames before the cut for decoding and mark them as not shown."""
+    path = write_video(tmp_path / "whole.mp4", grey_frames(40))
+    with av.open(str(path)) as whole, av.open(str(tmp_path / "trimmed.mp4"), "w") as trimmed:
+        stream = trimmed.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                shift = round(10 / 25 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                trimmed.mux(packet)
+    assert numbers_of(read_clip(tmp_path / "trimmed.mp4", range)) == list(range(10, 40))
+
+
+def test_frames_of_a_folder_come_in_natural_order(tmp_path):
+    for i in range(12):
+        Image.new("L", (8, 8), GREY_STEP * i).save(tmp_path / f"frame{i}.png")  # 10 sorts before 2 as text
+    (tmp_path / "notes.txt").write_text("no frame")
+    assert numbers_of(read_clip(tmp_path, lambda n: [n - 1, *range(n), 3])) == [11, *range(12), 3]
+
+
+def two_colours() -> Image.Image:
+    """30 rows x 40 columns, the left half red and the right half blue."""
+    image = Image.new("RGB", (40, 30), (200, 60, 40))
+    image.paste((40, 60, 200), (20, 0, 40, 30))
+    return image
+
+
+@pytest.mark.parametrize("name, mode, options", [
+    ("plain.jpg", "RGB", {}), ("palette.png", "P", {}), ("cmyk.jpg", "CMYK", {}), ("alpha.png", "RGBA", {}),
+    ("webp.jpg", "RGB", {"format": "WEBP"}), ("face.bmp", "RGB", {}), ("grey.jpg", "L", {}), ("16 bit.png", "I;16", {}),
+    ("gif.jpg", "RGB", {"format": "GIF", "save_all": True, "append_images": [Image.new("RGB", (40, 30))]})])
+def test_images_of_every_kind_become_rgb(tmp_path, name, mode, options):
+    grey = np.array(two_colours().convert("L"))
+    image = Image.fromarray(257 * grey.astype(np.uint16)) if mode == "I;16" else two_colours().convert(mode)
+    image.save(tmp_path / name, **options)
+    expected = np.stack([grey] * 3, 2) if mode in ("L", "I;16") else np.array(two_colours())
+    pixels = read_image(tmp_path / name)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 30, 40)  # of an animation, its first picture
+    for column in (5, 35):
+        assert np.abs(pixels[:, 15, column].numpy() - expected[15, column].astype(float)).max() < 25
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_exif_orientation_turns_the_image_upright(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6                        # to be shown turned right by 90 degrees: left becomes top
+    two_colours().save(tmp_path / f"turned{suffix}", exif=exif)
+    pixels = read_image(tmp_path / f"turned{suffix}").float()
+    assert pixels.shape == (3, 40, 30)
+    assert pixels[0, 5, 15] > 150 > pixels[0, 35, 15]  # red above
+
+
+@pytest.mark.parametrize("options", [{}, {"movflags": "faststart"}], ids=["index last", "index first"])
+def test_a_truncated_video_is_an_error_that_names_it(tmp_path, options):
+    """Frames that are there must not stand for the whole video, wherever it was cut."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3)).astype(np.uint8)
+    whole = write_video(tmp_path / "whole.mp4", noise, **options)
+    content = whole.read_bytes()
+    with av.open(str(whole)) as container:  # also cut between two frames, where no packet is damaged
+        ends = sorted(packet.pos + packet.size for packet in container.demux(video=0) if packet.size)
+    for cut in (0, 8, 200, len(content) // 3, len(content) * 9 // 10, ends[15], ends[30], ends[-2], ends[-1] - 1):
+        (tmp_path / "cut.mp4").write_bytes(content[:cut])
+        with pytest.raises(DataError, match="cut.mp4"):
+            read_clip(tmp_path / "cut.mp4", lambda n: data.test_frames(n, 16, 1))
+
+
+def test_unreadable_files_are_named(tmp_path):
+    two_colours().save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:500])
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound) + stream.encode())
+    for folder in ("nothing", "damaged"):
+        (tmp_path / folder).mkdir()
+    for name, text in (("text.jpg", "text"), ("empty.jpg", ""), ("text.mp4", "text"), ("empty.avi", ""),
+                       ("damaged/1.jpg", "text")):
+        (tmp_path / name).write_text(text)
+    for read, names in ((read_image, ("text.jpg", "empty.jpg", "half.jpg", "gone.jpg")),
+                        (lambda path: read_clip(path, range),
+                         ("sound.mp4", "text.mp4", "empty.avi", "gone.mp4", "nothing", "damaged"))):
+        for name in names:
+            with pytest.raises(DataError, match=name):
+                read(tmp_path / name)
+
+
+# -------------------------------------------------------------------------------------------------- clip sampling
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 300])
+def test_16_frames_of_n(n, stride):
+    torch.manual_seed(0)
+    every = list(range(0, n, stride))
+    padded = every + every[-1:] * (16 - len(every))
+    assert data.test_frames(n, 16, stride) == padded[:16] + padded[-16:]  # evaluation's two clips
+
+    training = [data.train_frames(n, 16, stride) for _ in range(40)]
+    for frames in training:                 # spread evenly over a random window of 16 * stride, or all there is
+        assert len(frames) == 16 and 0 <= frames[0] and frames[-1] < n
+        if n > 16 * stride:
+            assert set(np.diff(frames)) <= {stride, stride + 1} and 15 * stride <= frames[-1] - frames[0] < 16 * stride
+        else:
+            assert frames == padded
+    assert (len({frames[0] for frames in training}) > 1) == (n > 16 * stride)
+
+    pretraining = [data.pretrain_frames(n, 16, stride) for _ in range(40)]
+    for frames in pretraining:              # stage 1: every stride-th frame from a random start
+        distinct = sorted(set(frames))
+        assert 0 <= frames[0] and frames[-1] < n and frames == distinct + distinct[-1:] * (16 - len(distinct))
+        assert set(np.diff(distinct)) <= {stride} and len(distinct) == min(16, len(every))  # no needless repeats
+    assert (len({frames[0] for frames in pretraining}) > 1) == (n > 15 * stride + 1)
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+
+@pytest.mark.parametrize("name", ["dfew", "affectnet-7"])
+@pytest.mark.parametrize("stage, strength, least, most", [
+    ("pretrain", "paper", 18, 20), ("finetune", "paper", 18, 20), ("finetune", "light", 2, 20),
+    ("test", "paper", 1, 1)])
+def test_one_draw_serves_all_frames_and_gives_the_size_of_the_model(name, stage, strength, least, most):
+    torch.manual_seed(0)
+    picture = torch.randint(0, 256, (3, 7, 7), dtype=torch.uint8).repeat_interleave(8, 1).repeat_interleave(10, 2)
+    augment, outcomes = data.augmentation(stage, CATALOGUE[name], 32, strength), set()
+    for _ in range(20):
+        clip = augment(picture.expand(16, 3, 56, 70).contiguous())
+        assert clip.shape == (16, 3, 32, 32) and clip.dtype == torch.uint8
+        assert (clip == clip[:1]).all()
+        outcomes.add(clip[0].numpy().tobytes())
+        image = augment(picture[:, :20, :20].clone())  # smaller than the model's input
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+    assert least <= len(outcomes) <= most
+
+
+def test_stage_1_flips_images_but_never_videos():
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(3, 32, 32).contiguous()  # brighter to the right
+    for name, may_flip in (("voxceleb2", False), ("affectnet-7", True)):
+        augment = data.augmentation("pretrain", CATALOGUE[name], 32, "paper")
+        torch.manual_seed(0)
+        flipped = [bool(x[0, 0, 0] > x[0, 0, -1]) for x in (augment(ramp) for _ in range(20))]
+        assert any(flipped) == may_flip and not all(flipped)
+
+
+def test_voxceleb2_crop_is_rows_0_to_160_and_columns_32_to_192():
+    frames = torch.arange(224 * 224).view(1, 1, 224, 224).expand(2, 3, 224, 224)
+    assert torch.equal(data.Crop(CATALOGUE["voxceleb2"].crop)(frames), frames[:, :, 0:160, 32:192])
+    seen = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+    seen[..., 0:160, 32:192] = 255          # stage 1 sees nothing outside of it
+    augment = data.augmentation("pretrain", CATALOGUE["voxceleb2"], 32, "paper")
+    assert all((augment(seen) == 255).all() for _ in range(20))
+
+
+def test_to_float_normalises_as_imagenet_and_puts_channels_first():
+    x = torch.randint(0, 256, (2, 5, 3, 4, 6), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = ((x.permute(0, 1, 3, 4, 2) / 255 - mean) / std).permute(0, 4, 1, 2, 3)  # (B, 3, T, H, W)
+    assert data.to_float(x).shape == (2, 3, 5, 4, 6) and torch.allclose(data.to_float(x), expected, atol=1e-5)
+    assert torch.allclose(data.to_float(x[:, 0]), expected[:, :, 0], atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- schedule
+
+def made_up(name: str, labels: list[int]) -> Samples:
+    names = np.array([f"{i:05d}".encode() for i in range(len(labels))])
+    return Samples(name, Path("nowhere"), names, np.array(labels), 1)
+
+
+def joint_sources() -> dict[str, Source]:
+    """112 images, of which half are drawn in batches of 8, and 24 clips in batches of 6 in micro-batches of 4."""
+    images = made_up("affectnet-7", [0] * 64 + [1] * 48)
+    return {"image": Source(images, batch=8, micro=8, share=0.5, balanced=True),
+            "video": Source(made_up("dfew", [i % 7 for i in range(24)]), batch=6, micro=4)}
+
+
+def content(micro: data.MicroBatch) -> tuple:
+    return micro.source, micro.epoch, micro.step, micro.place, tuple(micro.index), micro.seed
+
+
+def drawn(steps: list, source: str) -> list[int]:
+    return [int(i) for step in steps for micro in step if micro.source == source for i in micro.index]
+
+
+def test_an_epoch_is_half_of_the_images_and_all_clips_in_shuffled_single_source_steps():
+    steps = data.schedule_epoch(joint_sources(), seed=0, epoch=0)
+    order = [step[0].source for step in steps]
+    assert all({micro.source for micro in step} == {source} for step, source in zip(steps, order))
+    assert order.count("image") == 56 // 8 and order.count("video") == 24 // 6
+    orders = {tuple(s[0].source for s in data.schedule_epoch(joint_sources(), 0, epoch)) for epoch in range(9)}
+    assert len(orders) > 5                  # shuffled together: 330 orders are possible
+    assert sorted(drawn(steps, "video")) == list(range(24))
+    assert [sum(len(micro.index) for micro in step) for step in steps] == [8 if s == "image" else 6 for s in order]
+    assert [len(micro.index) for step in steps if step[0].source == "video" for micro in step] == [4, 2] * 4
+    assert [(micro.epoch, micro.step) for step in steps for micro in step] == [
+        (0, i) for i, step in enumerate(steps) for _ in step]
+
+
+def test_balanced_drawing_gives_each_class_its_equal_share_with_replacement():
+    counts = [10, 4000, 1000, 1000, 500, 400, 90]
+    samples = made_up("affectnet-7", np.repeat(np.arange(7), counts).tolist())
+    source = Source(samples, batch=50, micro=50, share=0.5, balanced=True)
+    index = np.array(drawn(data.schedule_epoch({"image": source}, 0, 0), "image"))
+    assert len(index) == 3500
+    classes = np.bincount(samples.labels[index], minlength=7)
+    assert np.abs(classes - 500).max() < 110  # 5 standard deviations
+    assert len(set(index[samples.labels[index] == 0])) == 10  # about 500 draws from 10 images
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_same_samples_and_seeds_for_any_number_of_processes(world):
+    sources = joint_sources()
+    ranks = [list(Schedule(sources, 3, 2, rank, world)) for rank in range(world)]
+    steps = [step for epoch in (0, 1) for step in data.schedule_epoch(sources, 3, epoch)]
+    assert len(steps) == 2 * Schedule(sources, 3, 2, 0, world).steps_per_epoch()
+    for step in steps:
+        at = step[0].epoch, step[0].step
+        held = [[micro for micro in rank if (micro.epoch, micro.step) == at] for rank in ranks]
+        working = sorted((micro for rank in held for micro in rank if micro.weight > 0), key=lambda m: m.place)
+        assert [content(micro) for micro in working] == [content(micro) for micro in step]
+        assert sum(micro.weight for rank in held for micro in rank) == pytest.approx(1)
+        samples = sum(len(micro.index) for micro in step)
+        assert [micro.weight for micro in working] == pytest.approx([len(m.index) / samples for m in working])
+        for rank in held:                   # every process ends the step, also one that has nothing to do
+            assert [micro.last for micro in rank] == [False] * (len(rank) - 1) + [True]
+        assert sum(rank[0].weight == 0 for rank in held) == max(0, world - len(step))
+
+
+def test_the_schedule_depends_on_seed_and_epoch_alone():
+    def epoch_of(seed, epoch):
+        return [content(micro) for step in data.schedule_epoch(joint_sources(), seed, epoch) for micro in step]
+
+    assert epoch_of(0, 1) == epoch_of(0, 1)
+    micros = epoch_of(0, 0) + epoch_of(0, 1) + epoch_of(1, 0) + epoch_of(1, 1)
+    assert len({micro[-1] for micro in micros}) == len(micros)  # no two micro-batches share a seed
+    orders = {tuple(micro[4] for micro in epoch_of(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len(orders) == 6
+    micro = data.schedule_epoch(joint_sources(), 0, 0)[0][0]
+    assert len({micro.sample_seed(i) for i in range(len(micro.index))}) == len(micro.index)
+
+
+@pytest.mark.parametrize("epoch, step", [(0, 0), (0, 5), (1, 3), (2, 10), (1, 11)])
+def test_resuming_continues_the_same_sequence(epoch, step):
+    sources = joint_sources()               # 11 steps an epoch: (1, 11) is the end of epoch 1
+    for rank, world in ((0, 1), (1, 3)):
+        whole = list(Schedule(sources, 0, 3, rank, world))
+        rest = list(Schedule(sources, 0, 3, rank, world, epoch, step))
+        expected = [micro for micro in whole if (micro.epoch, micro.step) >= (epoch, step)]
+        assert rest and [(*content(m), m.weight, m.last) for m in rest] == [(*content(m), m.weight, m.last)
+                                                                           for m in expected]
+
+
+
+def test_repeats_and_sets_smaller_than_a_batch():
+    """Repeated augmentation: an epoch reads a quarter of the clips, a batch holds a quarter as many clips."""
+    steps = data.schedule_epoch({"video": Source(made_up("dfew", [0] * 64), batch=16, micro=8, repeats=4)}, 0, 0)
+    assert [[len(micro.index) for micro in step] for step in steps] == [[2, 2]] * 4
+    assert len(set(drawn(steps, "video"))) == 16
+    for n in (1, 3):
+        for options in ({}, {"repeats": 4}, {"balanced": True, "share": 0.5}):
+            steps = data.schedule_epoch({"video": Source(made_up("dfew", list(range(n))), 32, 32, **options)}, 0, 0)
+            assert len(steps) == 1 and sum(micro.weight for micro in steps[0]) == pytest.approx(1)
+            assert set(drawn(steps, "video")) <= set(range(n))
+
+
+def test_hold_out_takes_the_same_share_of_each_class():
+    samples = made_up("dfew", [0] * 100 + [1] * 40 + [2] * 10)
+    rest, held = data.hold_out(samples, 0.2, seed=0)
+    assert rest.counts()[:3] == [80, 32, 8] and held.counts()[:3] == [20, 8, 2]
+    assert not set(paths_of(rest)) & set(paths_of(held)) and len(set(paths_of(rest) + paths_of(held))) == 150
+    again, other = data.hold_out(samples, 0.2, seed=0)[1], data.hold_out(samples, 0.2, seed=1)[1]
+    assert paths_of(again) == paths_of(held) != paths_of(other)
+
+
+# ----------------------------------------------------------------------------------------- synthetic faces, loading
+
+SCALE = 0.02
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    data.write_synthetic(root / "synthetic", 0, SCALE)
+    return root
+
+
+def hashes(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_synthetic_faces_are_the_same_bytes_for_the_same_seed(data_root, tmp_path):
+    data.write_synthetic(tmp_path / "again", 0, SCALE)
+    first = hashes(data_root / "synthetic")
+    assert len(first) > 100 and hashes(tmp_path / "again") == first
+    assert len(set(first.values())) > 100   # and not all the same picture
+    data.write_synthetic(tmp_path / "other", 1, SCALE / 10)
+    other = hashes(tmp_path / "other")
+    assert not set(other.values()) & {digest for name, digest in first.items() if name.endswith(("jpg", "mp4"))}
+    with pytest.raises(DataError, match="again"):
+        data.write_synthetic(tmp_path / "again", 0, SCALE)  # never overwrites
+
+
+@pytest.mark.parametrize("name, shape", [("synthetic", (2, 16, 3, 32, 32)), ("synthetic-images", (1, 3, 32, 32)),
+                                         ("synthetic-unlabelled", (2, 16, 3, 32, 32))])
+def test_synthetic_sets_load_like_the_real_ones(data_root, name, shape):
+    samples = load_samples(name, data_root, "train", 1)
+    i, views, label = data.TestData(samples, SMALL)[len(samples) - 1]
+    assert i == len(samples) - 1 and views.shape == shape and views.dtype == torch.uint8 and views.float().std() > 10
+    assert label == samples.labels[-1]
+
+
+def test_people_of_the_test_data_are_never_trained_on_and_folds_partition_the_clips(data_root):
+    files = data.plan_files(data_root / "synthetic", 0, SCALE)
+    person = {file.path: (file.kind, file.person) for file in files}
+    word = {"happy": "happiness", "sad": "sadness", "angry": "anger"}  # DFEW's word -> the file's
+
+    def loaded(name, split, fold=1):
+        samples = load_samples(name, data_root, split, fold)
+        return samples, [samples.path(i) for i in range(len(samples))]
+
+    tested = []
+    clips = [file.path for file in files if "DFEW" in file.path.parts]
+    expressions = {file.path: file.expression for file in files}
+    for name, folds in (("synthetic", range(1, 6)), ("synthetic-images", [1])):
+        for fold in folds:
+            (train, training), (test, testing) = loaded(name, "train", fold), loaded(name, "test", fold)
+            assert not {person[path] for path in training} & {person[path] for path in testing}
+            assert min(train.counts()) > 0 and min(test.counts()) > 0
+            classes = [word.get(c, c) for c in train.dataset.classes]
+            assert [classes[label] for label in train.labels] == [expressions[path] for path in training]
+            if name == "synthetic":
+                assert sorted(training + testing) == sorted(clips)
+                tested += testing
+    assert sorted(tested) == sorted(clips)  # each clip is tested once
+
+
+def training_data(data_root: Path, stage: str = "finetune") -> tuple[dict[str, Source], data.TrainingData]:
+    sources = {"image": Source(load_samples("synthetic-images", data_root, "train"), 8, 4, share=0.5, balanced=True),
+               "video": Source(load_samples("synthetic", data_root, "train", 1), 8, 4)}
+    return sources, data.TrainingData(sources, stage, SMALL)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_workers_do_not_change_the_samples(data_root, stage):
+    def run(workers):
+        sources, dataset = training_data(data_root, stage)
+        return list(data.loader(dataset, workers, batch_size=None, sampler=Schedule(sources, 0, 1, 0, 1)))
+
+    here, there = run(0), run(2)
+    assert {micro.source for micro, *_ in here} == {"image", "video"} and len(here) == len(there) == 2 * (2 + 3)
+    for (micro, x, labels, unreadable), (micro2, x2, labels2, _) in zip(here, there):
+        assert content(micro) == content(micro2) and torch.equal(x, x2) and torch.equal(labels, labels2)
+        assert x.shape == ((4, 3, 32, 32) if micro.source == "image" else (4, 16, 3, 32, 32)) and not unreadable
+        assert labels.tolist() == training_data(data_root)[0][micro.source].samples.labels[micro.index].tolist()
+
+
+def test_repeats_are_4_different_crops_of_one_decoded_clip(data_root, monkeypatch):
+    read, asked = data.read_clip, []
+    monkeypatch.setattr(data, "read_clip", lambda path, choose: asked.append(path) or read(path, choose))
+    samples = load_samples("synthetic-unlabelled", data_root, "train")
+    sources = {"video": Source(samples, batch=8, micro=8, repeats=4)}
+    micro = next(iter(Schedule(sources, 0, 1, 0, 1)))
+    _, x, labels, _ = data.TrainingData(sources, "pretrain", SMALL)[micro]
+    assert asked == [samples.path(i) for i in micro.index] and len(asked) == 2
+    assert x.shape == (8, 16, 3, 32, 32) and labels.tolist() == [-1] * 8
+    assert len({view.numpy().tobytes() for view in x}) == 8
+    means = x.float().mean((1, 3, 4))       # colours: views of one clip stand together
+    assert (means[0:4] - means[0:4].mean(0)).norm() < (means[0:4] - means[4:8].mean(0)).norm()
+
+
+def test_an_unreadable_sample_is_left_out_and_named_and_leaves_the_others_as_they_were(data_root, tmp_path):
+    samples = load_samples("synthetic-images", data_root, "train").subset(np.array([0, 1, 2]))
+    shutil.copytree(samples.root, tmp_path / "broken")
+    broken = replace(samples, root=tmp_path / "broken")
+    broken.path(1).write_text("no image")
+    micro = data.MicroBatch("image", 0, 0, 0, np.array([0, 1, 2]), 1.0, True, seed=5)
+
+    def read(samples, micro):
+        return data.TrainingData({"image": Source(samples, 3, 3)}, "finetune", SMALL)[micro]
+
+    _, x, labels, unreadable = read(broken, micro)
+    assert len(unreadable) == 1 and str(broken.path(1)) in unreadable[0]
+    assert torch.equal(x, read(samples, micro)[1][[0, 2]]) and labels.tolist() == samples.labels[[0, 2]].tolist()
+    with pytest.raises(DataError, match=broken.path(1).name):
+        read(broken, replace(micro, index=np.array([1, 1])))
+    with pytest.raises(DataError, match=broken.path(1).name):  # evaluation never leaves a sample out
+        data.TestData(broken, SMALL)[1]

@@ -1,0 +1,35 @@
+"""The README's table of equations, its files and its commands are those of the code."""
+import re
+
+from readme import FILES, ROOT, command, equations
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_equation_is_tagged_and_the_table_points_at_its_line():
+    rows = equations()
+    assert [int(re.match(r"\| \((\d+)\)", row).group(1)) for row in rows] == list(range(1, 14))
+    for row in rows:
+        assert row in README, "run python tests/readme.py equations"
+
+
+def test_the_first_screen_has_the_two_commands():
+    assert README.index("```bash") < README.index("\n\n", README.index(command(2)))
+    assert len(README[:README.index(command(2))].splitlines()) < 30
+    assert "pretrain.py --dataset synthetic" in command(1) and "pytest" in command(2)
+
+
+def test_options_in_the_readme_exist():
+    import evaluate
+    import finetune
+    import pretrain
+    known = {option for script in (evaluate, finetune, pretrain) for action in script.settings()._actions
+             for option in action.option_strings}
+    known |= {"--scale"}                    # of data.py
+    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # of torchrun
+    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
+    assert used <= known, used - known
+
+
+def test_only_the_files_of_the_card_are_modules():
+    assert {path.name for path in ROOT.glob("*.py")} == set(FILES)

@@ -1,0 +1,157 @@
+"""The real commands, as a user runs them: both stages and the evaluation, alone and as two processes, and what they
+say when something is wrong."""
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import run_command, start_command
+
+import data
+import model
+
+SMALL = ["--dataset", "synthetic", "--batch-size", "16", "--workers", "1"]
+
+
+def losses(folder) -> list:
+    """Source and loss of every step of a run."""
+    return [tuple(step) for line in (folder / "log.jsonl").read_text().splitlines() for step in json.loads(line)["losses"]]
+
+
+def assert_same_losses(one, two, steps=20):
+    assert [source for source, _ in one] == [source for source, _ in two]
+    assert {source for source, _ in one} == {"image", "video"}
+    assert len(one) >= steps
+    assert [loss for _, loss in one[:steps]] == pytest.approx([loss for _, loss in two[:steps]], rel=2e-3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, faces):
+    """Both stages by one process and by two, the second stage of each from the first stage's single-process result."""
+    folder = tmp_path_factory.mktemp("runs")
+    printed = {}
+    for processes in (1, 2):
+        pre, fine = folder / f"pre{processes}", folder / f"fine{processes}"
+        printed["pretrain", processes] = run_command(
+            folder, "pretrain.py", *SMALL, "--data-root", faces, "--epochs", 2, "--output", pre, processes=processes)
+        printed["finetune", processes] = run_command(
+            folder, "finetune.py", *SMALL, "--data-root", faces, "--epochs", 5, "--warmup-epochs", 1, "--image-batch-size", 16,
+            "--pretrained", folder / "pre1/last.pt", "--output", fine, processes=processes)
+    return folder, printed
+
+
+def test_both_stages_run_and_say_what_they_derived(runs):
+    _, printed = runs
+    for expected in ("M parameters", "M trained", "peak learning rate", "micro-batches of 8", "'video': 273", "'image': 32"):
+        assert expected in printed["pretrain", 1]
+    for expected in ("made new: blocks.*.moe_layer", "dropped: decoder", "labels run from 0 to 6", "last epoch",
+                     "best epoch, chosen by WAR on the test fold itself", "true \\ predicted", "most frequent class"):
+        assert expected in printed["finetune", 1]
+
+
+@pytest.mark.parametrize("stage, steps", [("pre", 20), ("fine", 20)])
+def test_two_processes_follow_the_losses_of_one(runs, stage, steps):
+    folder, _ = runs
+    assert_same_losses(losses(folder / f"{stage}1"), losses(folder / f"{stage}2"), steps)
+
+
+def test_evaluation_by_two_processes_is_exactly_that_by_one(runs, faces):
+    folder, _ = runs
+    reports = []
+    for processes in (1, 2):
+        output = folder / f"evaluation{processes}"
+        text = run_command(folder, "evaluate.py", "--checkpoint", folder / "fine1/last.pt", "--data-root", faces,
+                           "--workers", 1, "--output", output, processes=processes)
+        assert "synthetic, fold 1: 7 test samples" in text and "synthetic-images: 14 test samples" in text
+        reports.append(json.loads((output / "evaluation.json").read_text()))
+    assert reports[0] == reports[1]
+    assert sum(map(sum, reports[0]["synthetic"]["confusion"])) == 7, "no sample may be counted twice"
+    # finetune.py's own line for that epoch comes through the same function
+    last = json.loads((folder / "fine1/log.jsonl").read_text().splitlines()[-1])
+    assert last["test"]["video"]["confusion"] == reports[0]["synthetic"]["confusion"]
+
+
+def test_checkpoints_hold_plain_data_and_rebuild_their_module(runs):
+    folder, _ = runs
+    for name, kind in (("pre1/last.pt", model.MaskedAutoencoder), ("fine1/last.pt", model.S4D), ("fine1/best.pt", model.S4D)):
+        checkpoint = torch.load(folder / name, weights_only=True)
+        module = model.load_checkpoint(folder / name)
+        assert isinstance(module, kind)
+        assert all(torch.equal(value, checkpoint["model"][key]) for key, value in module.state_dict().items())
+        assert checkpoint["settings"]["dataset"] == "synthetic" and checkpoint["progress"]["epoch"] >= 1
+    assert module.architecture["video_classes"] == list(data.DFEW.classes)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(runs, faces):
+    folder, _ = runs
+    command = [*SMALL, "--data-root", faces, "--epochs", 2, "--output", folder / "killed", "--resume"]
+    process = start_command(folder, "pretrain.py", *command)
+    while process.poll() is None and not (folder / "killed/last.pt").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert "resumed from" in run_command(folder, "pretrain.py", *command)
+    whole, resumed = (model.read_checkpoint(folder / name / "last.pt")["model"] for name in ("pre1", "killed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses(folder / "pre1") == losses(folder / "killed")
+
+
+def test_resuming_with_another_setting_is_refused(runs, faces):
+    folder, _ = runs
+    text = run_command(folder, "pretrain.py", *SMALL, "--data-root", faces, "--epochs", 2, "--output", folder / "pre1",
+                       "--resume", "--seed", 1, status=1)
+    assert "was trained with --seed 0, not 1" in text
+
+
+def test_a_finished_run_is_not_overwritten(runs, faces):
+    folder, _ = runs
+    text = run_command(folder, "pretrain.py", *SMALL, "--data-root", faces, "--output", folder / "pre1", status=1)
+    assert "last.pt exists: give --resume" in text
+
+
+def test_validation_data_can_choose_the_best_epoch(runs, faces):
+    folder, _ = runs
+    text = run_command(folder, "finetune.py", *SMALL, "--data-root", faces, "--epochs", 1, "--warmup-epochs", 0, "--validation",
+                       0.25, "--augment", "paper", "--mixing", 1, "--pretrained", "none", "--output", folder / "held")
+    assert "chosen by WAR on held-out training data" in text and "trained from scratch" in text
+    record = json.loads((folder / "held/log.jsonl").read_text())
+    assert sum(map(sum, record["validation"]["video"]["confusion"])) == 7 and "test" not in record  # 28 / 4
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["finetune.py", "--fold", 6], "fold 6 of dfew: expected 1 to 5"),
+    (["finetune.py", "--dataset", "celebs"], "invalid choice: 'celebs'"),
+    (["finetune.py", "--batch-size", 0], "--batch-size 0: expected 1 or more"),
+    (["finetune.py"], "DFEW/clip_jpg_256"),
+    (["finetune.py"], "--dataset synthetic"),
+    (["pretrain.py"], "VoxCeleb2/id*/*/*.mp4"),
+    (["finetune.py", "--dataset", "synthetic", "--pretrained", "lost.pt"], "there is no stage-1 checkpoint lost.pt"),
+    (["finetune.py", "--dataset", "synthetic", "--pretrained", "none", "--k", 9], "k = 9 experts per token, but there are 8"),
+    (["evaluate.py", "--checkpoint", "lost.pt"], "there is no checkpoint lost.pt"),
+])
+def test_wrong_commands_end_in_one_message(tmp_path, faces, arguments, expected):
+    if "synthetic" in arguments:
+        arguments = [*arguments, "--data-root", faces]
+    process = start_command(tmp_path, *arguments)
+    output, _ = process.communicate()
+    assert process.returncode in (1, 2) and expected in output and "Traceback" not in output
+
+
+def test_a_stage_1_checkpoint_is_not_evaluated(runs, faces):
+    folder, _ = runs
+    text = run_command(folder, "evaluate.py", "--checkpoint", folder / "pre1/last.pt", "--data-root", faces, status=1)
+    assert "is a stage-1 checkpoint" in text and "Traceback" not in text
+
+
+def test_damaged_data_stops_training_and_evaluation_with_the_files_name(runs, faces, tmp_path):
+    folder, _ = runs
+    shutil.copytree(faces / "synthetic", tmp_path / "synthetic")
+    for clip in sorted((tmp_path / "synthetic/DFEW/clip_jpg_256").iterdir()):
+        clip.write_bytes(clip.read_bytes()[:800])
+    command = ["--data-root", tmp_path, "--workers", 1]
+    text = run_command(folder, "evaluate.py", "--checkpoint", folder / "fine1/last.pt", *command, status=1)
+    assert "00001.mp4" in text and "Traceback" not in text
+    text = run_command(folder, "finetune.py", "--dataset", "synthetic", *command, "--pretrained", "none", "--output",
+                       tmp_path / "run", status=1)
+    assert ".mp4" in text and "Traceback" not in text
