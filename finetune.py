@@ -59,7 +59,7 @@ def layer_list(text: str) -> list[int]:
 
 def main() -> None:
     args = parse(settings(), TINY)
-    run = start()
+    run = start(args.size)
     synthetic = args.dataset == "synthetic"
     args.videos, args.images = args.dataset, args.image_dataset or ("synthetic-images" if synthetic else "affectnet-7")
     args.output = args.output or Path("runs") / args.dataset / f"fold{args.fold}"
@@ -67,7 +67,8 @@ def main() -> None:
     sources, validation, test = load_sources(args, run)
 
     torch.manual_seed(args.seed)
-    model = build(args, *(sources[name].samples.dataset.classes if name in sources else () for name in ("image", "video")))
+    classes = [sources[name].samples.dataset.classes if name in sources else () for name in ("image", "video")]
+    model = S4D(args.size, *classes, args.experts, args.k, args.adapter_width, args.moae_layers, args.sigma)
     loaded = "trained from scratch" if pretrained == "none" else load_encoder(model, find(pretrained))
     model.to(run.device)
     lr = args.lr * args.batch_size / 32
@@ -89,14 +90,6 @@ def main() -> None:
     train(run, args, "finetune", model, module, optimizer, rate, schedule,
                      TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
     report(run, args, test, "held-out training data" if validation else "the test fold itself, as the paper's code does")
-
-
-def build(args, image_classes, video_classes) -> S4D:
-    try:
-        return S4D(args.size, image_classes, video_classes, args.experts, args.k, args.adapter_width, args.moae_layers,
-                   args.sigma)
-    except ValueError as error:
-        raise DataError(f"these settings make no model: {error}") from error
 
 
 def load_sources(args, run) -> tuple[dict, dict, dict]:
@@ -143,13 +136,12 @@ class JointLoss(nn.Module):
         if torch.rand(()) < self.mixing:
             x, labels = self.mix[source](x if source == "image" else tv_tensors.Video(x), labels)
             x = x.as_subclass(torch.Tensor)                                 # labels become (B, C) probabilities
-        own = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
         # The other head's loss is multiplied by 0; any function of its weights gives DDP the gradient it waits for.
-        other = sum(p.sum() for name, head in self.model.head.items() if name != source for p in head.parameters())
+        loss = {name: sum(p.sum() for p in head.parameters()) for name, head in self.model.head.items()}
+        loss[source] = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
         alpha = 1 if source == "video" else 0
-        sfer, dfer = (other, own) if alpha else (own, other)
         # Eq. (3)
-        return (1 - alpha) * sfer + alpha * dfer
+        return (1 - alpha) * loss.get("image", 0) + alpha * loss.get("video", 0)
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -21,6 +21,10 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 MASK_RATIO = {"image": 0.90, "video": 0.95}  # Section IV-B
 
 
+class SettingError(ValueError):
+    """Settings that make no model; the message names the value and what was expected."""
+
+
 @dataclass(frozen=True)
 class Size:
     """Shape of the encoder, of the decoder that stage 1 throws away, and of the input."""
@@ -194,13 +198,18 @@ class ViT(nn.Module):
 
 # --------------------------------------------------------------------------- stage 1: masked autoencoder, Section III-B
 
-def random_mask(batch: int, tokens: int, ratio: float, generator: torch.Generator | None = None,
-                device: torch.device | str = "cpu") -> torch.Tensor:
-    """Uniformly random masks (B, N), True = masked, exactly floor(ratio * N) of them True in every sample."""
-    if not 0 < ratio < 1 or int(ratio * tokens) in (0, tokens):
-        raise ValueError(f"mask ratio {ratio} of {tokens} tokens must leave some masked and some visible")
-    order = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1)
-    return order.argsort(dim=1) < int(ratio * tokens)
+def masked_tokens(tokens: int, ratio: float) -> int:
+    """floor(ratio * N). SettingError if that leaves no token masked or none visible."""
+    masked = int(ratio * tokens + 1e-9)     # 0.29 * 100 is a little less than 29 in floats
+    if not 0 < masked < tokens:
+        raise SettingError(f"mask ratio {ratio} of {tokens} tokens must leave some masked and some visible")
+    return masked
+
+
+def random_mask(batch: int, tokens: int, ratio: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Uniformly random masks (B, N), True = masked, the same number of them True in every sample."""
+    order = torch.rand(batch, tokens, device=device).argsort(dim=1)
+    return order.argsort(dim=1) < masked_tokens(tokens, ratio)
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -305,9 +314,9 @@ class NoisyTopKGate(nn.Module):
     def __init__(self, width: int, experts: int, k: int, sigma: float | None = None):
         super().__init__()
         if not 1 <= k <= experts:
-            raise ValueError(f"k = {k} experts per token, but there are {experts}")
+            raise SettingError(f"k = {k} experts per token, but there are {experts}")
         if sigma is not None and sigma < 0:
-            raise ValueError(f"sigma = {sigma} is a standard deviation: it cannot be negative")
+            raise SettingError(f"sigma = {sigma} is a standard deviation: it cannot be negative")
         self.k, self.sigma = k, sigma
         self.topkroute_linear = nn.Linear(width, experts)                   # W_g; the released one has a bias, 0 at first
         self.noise_linear = nn.Linear(width, experts) if sigma is None else None
@@ -383,7 +392,7 @@ class S4D(ViT):
         if moae_layers is None:
             moae_layers = list(range(depth - depth // 2, depth))
         if any(not 0 <= i < depth for i in moae_layers):
-            raise ValueError(f"MoAE layers {moae_layers} must lie in 0 to {depth - 1}: size {size} has {depth} layers")
+            raise SettingError(f"MoAE layers {moae_layers} must lie in 0 to {depth - 1}: size {size} has {depth} layers")
         super().__init__(SIZES[size], {i: MoAE(width, experts, k, adapter_width, sigma, residual)
                                        for i in moae_layers})
         self.architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
