@@ -239,7 +239,7 @@ def natural(name: str) -> list:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """An image as uint8 (3, H, W), upright; its content, not its name, decides the format. The first of an animation."""
+    """An image as uint8 (3, H, W), upright. Its content, not its name, tells the format; of an animation the first."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)

@@ -124,11 +124,12 @@ def main() -> None:
     for name in datasets:
         fold = args.fold or (trained["fold"] if CATALOGUE[name].folds > 1 else 1)
         samples = load_samples(name, args.data_root, "test", fold)
-        results[name] = evaluate(model, samples, run, args.workers, args.batch_size) | {"fold": fold, "samples": len(samples)}
+        scores = evaluate(model, samples, run, args.workers, args.batch_size)
+        results[name] = dict(scores, fold=fold, samples=len(samples))
         if run.main:
             folds = f", fold {fold}" if CATALOGUE[name].folds > 1 else ""
             print(f"\n{name}{folds}: {len(samples)} test samples, {args.checkpoint} after epoch "
-                  f"{checkpoint['progress']['epoch']}\n{table(results[name], CATALOGUE[name].classes)}")
+                  f"{checkpoint['progress']['epoch']}\n{table(scores, samples.dataset.classes)}")
     if run.main:
         folder = args.output or args.checkpoint.parent
         folder.mkdir(parents=True, exist_ok=True)

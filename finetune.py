@@ -28,7 +28,8 @@ TINY = dict(epochs=25, lr=1e-3, layer_decay=0.9, augment="light", mixing=0.0, im
 def settings() -> argparse.ArgumentParser:
     """Every setting of stage 2; the defaults are the paper's (Section IV-B)."""
     p = common_settings(__doc__, TINY)
-    p.add_argument("--dataset", default="dfew", choices=["none", *names("video", labelled=True)], help="labelled clips, or none")
+    p.add_argument("--dataset", default="dfew", choices=["none", *names("video", labelled=True)],
+                   help="labelled clips, or none")
     p.add_argument("--image-dataset", choices=["none", *names("image", labelled=True)],
                    help="labelled images, or none (affectnet-7, or synthetic-images)")
     p.add_argument("--pretrained", help="stage-1 checkpoint, or none (last.pt of pretrain.py's default run)")
@@ -46,7 +47,8 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--experts", type=int, default=8, help="adapters in a MoAE layer, n")
     p.add_argument("--k", type=int, default=2, help="experts per token")
     p.add_argument("--adapter-width", type=int, help="bottleneck width r (a quarter of the token width)")
-    p.add_argument("--moae-layers", type=layer_list, help="layers with experts, as 6,7,8,9,10,11, or none (the last half)")
+    p.add_argument("--moae-layers", type=layer_list,
+                   help="layers with experts, as 6,7,8,9,10,11, or none (the last half)")
     p.add_argument("--sigma", type=float, help="fixed deviation of the gate's noise (learned per token and expert)")
     p.add_argument("--validation", type=float, default=0.0,
                    help="share of the training fold held out to choose the best epoch (0: the test fold chooses)")
@@ -89,7 +91,7 @@ def main() -> None:
     module = JointLoss(model, args.mixing, args.label_smoothing)
     train(run, args, "finetune", model, module, optimizer, rate, schedule,
                      TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
-    report(run, args, test, "held-out training data" if validation else "the test fold itself, as the paper's code does")
+    report(run, args, test, "held-out training data" if validation else "the test fold itself")
 
 
 def load_sources(args, run) -> tuple[dict, dict, dict]:
@@ -115,8 +117,8 @@ def load_sources(args, run) -> tuple[dict, dict, dict]:
 
 def find(pretrained: str) -> str:
     if not Path(pretrained).is_file():
-        raise CheckpointError(f"there is no stage-1 checkpoint {pretrained}: run pretrain.py first, or give --pretrained "
-                              "FILE, or --pretrained none to train from scratch")
+        raise CheckpointError(f"there is no stage-1 checkpoint {pretrained}: run pretrain.py first, or give "
+                              "--pretrained FILE, or --pretrained none to train from scratch")
     return pretrained
 
 

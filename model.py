@@ -318,7 +318,7 @@ class NoisyTopKGate(nn.Module):
         if sigma is not None and sigma < 0:
             raise SettingError(f"sigma = {sigma} is a standard deviation: it cannot be negative")
         self.k, self.sigma = k, sigma
-        self.topkroute_linear = nn.Linear(width, experts)                   # W_g; the released one has a bias, 0 at first
+        self.topkroute_linear = nn.Linear(width, experts)   # W_g; the bias, 0 at first, is the released checkpoints'
         self.noise_linear = nn.Linear(width, experts) if sigma is None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -392,7 +392,7 @@ class S4D(ViT):
         if moae_layers is None:
             moae_layers = list(range(depth - depth // 2, depth))
         if any(not 0 <= i < depth for i in moae_layers):
-            raise SettingError(f"MoAE layers {moae_layers} must lie in 0 to {depth - 1}: size {size} has {depth} layers")
+            raise SettingError(f"MoAE layers {moae_layers}: size {size} has layers 0 to {depth - 1}")
         super().__init__(SIZES[size], {i: MoAE(width, experts, k, adapter_width, sigma, residual)
                                        for i in moae_layers})
         self.architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
@@ -417,7 +417,7 @@ class S4D(ViT):
         """Logits of the batch's own head: (B, 3, H, W) -> (B, image classes), (B, 3, T, H, W) -> (B, video classes)."""
         source = modality(x)
         if source not in self.head:
-            raise ValueError(f"this model has no {source} head, only {list(self.head)}: it was not trained on {source}s")
+            raise ValueError(f"this model was not trained on {source}s: its heads are {list(self.head)}")
         return self.head[source](self.features(x))
 
 
@@ -434,7 +434,8 @@ def read_checkpoint(path) -> dict:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}") from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is no checkpoint of plain tensors, numbers and text ({str(error)[:200]})") from error
+        raise CheckpointError(f"{path} is no checkpoint of plain tensors, numbers and text: "
+                              f"{str(error)[:200]}") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(checkpoint, dict) or not {"stage", "architecture", "model"} <= checkpoint.keys():

@@ -42,8 +42,8 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, default=1.6e-3, help="base learning rate, for 512 samples a step")
     p.add_argument("--warmup", type=float, default=0.05, help="share of all steps in which the learning rate rises")
     p.add_argument("--weight-decay", type=float, default=0.05, help="of weight matrices; biases and norms have none")
-    p.add_argument("--video-mask-ratio", type=float, default=MASK_RATIO["video"], help="share of a clip's tokens masked")
-    p.add_argument("--image-mask-ratio", type=float, default=MASK_RATIO["image"], help="share of an image's, likewise")
+    p.add_argument("--video-mask-ratio", type=float, default=MASK_RATIO["video"], help="of a clip's tokens")
+    p.add_argument("--image-mask-ratio", type=float, default=MASK_RATIO["image"], help="of an image's tokens")
     p.add_argument("--image-share", type=float, default=1.0, help="share of the images that an epoch sees")
     p.add_argument("--repeats", type=int, default=4, help="differently cropped samples of each decoded clip")
     return p
@@ -157,7 +157,7 @@ def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_
     progress = resume(run, args, stage, model, optimizer) if args.resume else fresh(run, args)
     schedule.start = progress["epoch"], 0
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
-    wrapped = DistributedDataParallel(module) if run.world > 1 else module
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False) if run.world > 1 else module
     total, per_epoch = rate.steps, rate.steps // args.epochs
     unreadable = Unreadable(run, data.sources)
     bar = tqdm(total=total, initial=progress["epoch"] * per_epoch, disable=not run.main, unit="step",

@@ -1,4 +1,4 @@
-"""Shared by all tests: the project on the import path, small synthetic data, and the real commands as a user runs them."""
+"""Shared by all tests: the project on the import path, small synthetic data, and the real commands in a subprocess."""
 import os
 import subprocess
 import sys

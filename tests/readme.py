@@ -25,8 +25,8 @@ def equations() -> list[str]:
             if re.match(r"\s*# Eq\. \(\d+\)", line):
                 code = next(j for j in range(i, len(lines)) if not lines[j].lstrip().startswith("#"))
                 for number in map(int, re.findall(r"Eq\. \((\d+)\)", line)):
-                    row = f"| ({number}) | [{file}:{code + 1}]({file}#L{code + 1}) | `{lines[code].split('  #')[0].strip()}` |"
-                    rows.setdefault(number, row)
+                    text = lines[code].split("  #")[0].strip()
+                    rows.setdefault(number, f"| ({number}) | [{file}:{code + 1}]({file}#L{code + 1}) | `{text}` |")
     return [rows[number] for number in sorted(rows)]
 
 
