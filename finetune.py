@@ -22,7 +22,7 @@ from model import S4D, CheckpointError, at_least_fp32, load_checkpoint, load_enc
 from pretrain import Rate, common_settings, decayed, describe, guarded, parse, start, train
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
-TINY = dict(epochs=25, lr=1e-3, layer_decay=0.9, augment="light", mixing=0.0, image_batch_size=64)
+TINY = dict(epochs=12, batch_size=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9, augment="light", mixing=0.0)
 
 
 def settings() -> argparse.ArgumentParser:

@@ -9,12 +9,14 @@ B batch               T frames, H x W pixels    N tokens, of which V visible and
 d token width         h attention heads         P values in a token's pixels = tubelet * patch * patch * 3
 n experts             k experts per token       r adapter width
 """
+import argparse
 import pickle
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, per channel of RGB in [0, 1]
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -152,20 +154,25 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm ViT layer; with `moe_layer` set it is the MoAE layer of Section III-D, Eqs. (10)-(13)."""
+    """A pre-norm ViT layer; with a `moe_layer` beside its FFN it is the MoAE layer of Section III-D, Eqs. (10)-(13).
 
-    def __init__(self, width: int, heads: int, moe_layer: nn.Module | None = None):
+    ffn=False: the experts replace the FFN instead, as in ViT-MoE, which Table V compares.
+    """
+
+    def __init__(self, width: int, heads: int, moe_layer: nn.Module | None = None, ffn: bool = True):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width)
+        self.mlp = Mlp(width, 4 * width) if ffn else None
         self.moe_layer = moe_layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Eq. (10)
         x = x + self.attn(self.norm1(x))                                    # x'   (B, N, d)
         normed = self.norm2(x)
+        if self.mlp is None:
+            return x + self.moe_layer(normed)
         # Eq. (11)
         generic = self.mlp(normed)                                          # x_g  (B, N, d)
         if self.moe_layer is None:
@@ -179,13 +186,15 @@ class Layer(nn.Module):
 class ViT(nn.Module):
     """Patch embedding and layers; `norm` only where the released stage 1 has it. No class token."""
 
-    def __init__(self, size: Size, moe_layers: dict[int, nn.Module] | None = None, final_norm: bool = False):
+    def __init__(self, size: Size, moe_layers: dict[int, nn.Module] | None = None, final_norm: bool = False,
+                 moe_replaces_ffn: bool = False):
         super().__init__()
         self.size = size
         self.patch_embed = PatchEmbed(size)
         self.register_buffer("positions", sincos_table(size.video_tokens, size.width), persistent=False)
-        self.blocks = nn.ModuleList(Layer(size.width, size.heads, (moe_layers or {}).get(i))
-                                    for i in range(size.depth))
+        moe_layers = moe_layers or {}
+        self.blocks = nn.ModuleList(Layer(size.width, size.heads, moe_layers.get(i),
+                                          ffn=not (moe_replaces_ffn and i in moe_layers)) for i in range(size.depth))
         self.norm = nn.LayerNorm(size.width, eps=1e-6) if final_norm else nn.Identity()
 
     def encode(self, patches: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -349,6 +358,27 @@ class Adapter(nn.Module):
         return self.residual * x + self.fc2(F.gelu(self.fc1(x)))
 
 
+class MoE(nn.Module):
+    """ViT-MoE's layer: a gate and n FFNs as experts, (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, width: int, experts: int = 8, k: int = 2, sigma: float | None = None):
+        super().__init__()
+        self.router = NoisyTopKGate(width, experts, k, sigma)
+        self.experts = nn.ModuleList(Mlp(width, 4 * width) for _ in range(experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates = self.router(x).flatten(0, 1)                                # (B N, n)
+        tokens = x.flatten(0, 1)                                            # (B N, d)
+        mixed = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            # An expert that no token chose still computes, on none: its weights keep a gradient, of 0.
+            chosen = gates[:, i].nonzero().squeeze(-1)
+            # Eq. (7)
+            output = gates[chosen, i, None] * expert(tokens[chosen])
+            mixed = mixed.index_add(0, chosen, output.to(mixed.dtype))
+        return mixed.view_as(x)
+
+
 class MoAE(nn.Module):
     """Mixture of Adapter Experts: a gate and n adapters, (B, N, d) -> (B, N, d)."""
 
@@ -373,7 +403,7 @@ class MoAE(nn.Module):
         gates = self.router(x)                                                      # (B, N, n)
         hidden = F.gelu(F.linear(x, down, down_bias))                               # (B, N, n r)
         gated = hidden.unflatten(-1, (len(self.experts), -1)) * gates[..., None].to(hidden.dtype)
-        # Eq. (7), and Eq. (9) where the experts are adapters
+        # Eq. (9)
         mixed = F.linear(gated.flatten(-2), up) + F.linear(gates, up_bias)          # (B, N, d)
         return mixed + x if self.residual else mixed                                # sum_i G_i = 1
 
@@ -382,22 +412,23 @@ class S4D(ViT):
     """The encoder with MoAE in some layers, and a linear head for images and one for videos (Section III-C).
 
     image_classes, video_classes: class names in label order. moae_layers: indices of the layers with experts,
-    None = the last half, [] = none.
+    None = the last half, [] = none. expert: "adapter", or "ffn" for ViT-MoE, whose experts replace the FFN.
     """
 
     def __init__(self, size: str = "base", image_classes: list[str] = (), video_classes: list[str] = (),
                  experts: int = 8, k: int = 2, adapter_width: int | None = None, moae_layers: list[int] | None = None,
-                 sigma: float | None = None, residual: bool = True):
+                 sigma: float | None = None, residual: bool = True, expert: str = "adapter"):
         depth, width = SIZES[size].depth, SIZES[size].width
         if moae_layers is None:
             moae_layers = list(range(depth - depth // 2, depth))
         if any(not 0 <= i < depth for i in moae_layers):
             raise SettingError(f"MoAE layers {moae_layers}: size {size} has layers 0 to {depth - 1}")
-        super().__init__(SIZES[size], {i: MoAE(width, experts, k, adapter_width, sigma, residual)
-                                       for i in moae_layers})
+        super().__init__(SIZES[size], {i: MoE(width, experts, k, sigma) if expert == "ffn" else
+                                       MoAE(width, experts, k, adapter_width, sigma, residual) for i in moae_layers},
+                         moe_replaces_ffn=expert == "ffn")
         self.architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
                                  experts=experts, k=k, adapter_width=adapter_width, moae_layers=list(moae_layers),
-                                 sigma=sigma, residual=residual)
+                                 sigma=sigma, residual=residual, expert=expert)
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.ModuleDict({source: nn.Linear(width, len(classes)) for source, classes in
                                    (("image", image_classes), ("video", video_classes)) if classes})
@@ -434,18 +465,48 @@ def read_checkpoint(path) -> dict:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}") from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is no checkpoint of plain tensors, numbers and text: "
-                              f"{str(error)[:200]}") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint of plain tensors, numbers and text, and running code from a file is refused. If "
+            "you trust it, convert it once: torch.save({'model': torch.load(OLD, weights_only=False)['model']}, NEW)"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict) or not {"stage", "architecture", "model"} <= checkpoint.keys():
-        raise CheckpointError(f"{path} is no checkpoint of pretrain.py or finetune.py: expected a dict with stage, "
-                              "architecture and model")
-    return checkpoint
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise CheckpointError(f"{path} is no checkpoint: expected a dict with the weights under 'model'")
+    return checkpoint if "stage" in checkpoint else released(checkpoint["model"], path)
+
+
+def released(state: dict[str, torch.Tensor], path) -> dict:
+    """Describe a file of bare weights, as the authors of S4D, VideoMAE and MAE-DFER release them, as one of ours.
+
+    The names are ours already, up to prefixes. The size follows from the token width, a classifier's experts from its
+    keys; its adapters have no residual, and its k, which no key tells, is the paper's 2.
+    """
+    for prefix in ("module.", "_orig_mod.", "backbone."):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if not any(key.startswith("decoder.") for key in state):
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}
+    embedding = next((value for key, value in state.items() if key.endswith("patch_embed.proj.weight")), None)
+    if embedding is None:
+        raise CheckpointError(f"{path} has no patch_embed.proj.weight: it is no file of S4D, VideoMAE or MAE-DFER")
+    size = next((name for name, size in SIZES.items() if size.width == len(embedding)), "base")
+    if any(key.startswith("decoder.") for key in state):
+        return dict(stage="pretrain", architecture={"size": size}, model=state)
+    classes = {name: [f"class {i}" for i in range(len(state.get(f"head.{name}.weight", ())))]
+               for name in ("image", "video")}
+    layers = sorted({int(key.split(".")[1]) for key in state if ".moe_layer." in key})
+    gates = [value for key, value in state.items() if key.endswith("topkroute_linear.weight")]
+    down = [value for key, value in state.items() if key.endswith("moe_layer.experts.0.fc1.weight")]
+    learned = any("noise_linear" in key for key in state)
+    return dict(stage="finetune", model=state, architecture=dict(
+        size=size, image_classes=classes["image"], video_classes=classes["video"], moae_layers=layers,
+        experts=len(gates[0]) if gates else 8, adapter_width=len(down[0]) if down else None, residual=False,
+        sigma=None if learned else 0.0))
 
 
 def load_checkpoint(path) -> MaskedAutoencoder | S4D:
-    """Rebuild the module that a checkpoint describes. CheckpointError if file, keys or shapes do not fit."""
+    """Rebuild the module that a checkpoint describes: ours of either stage, or a released one of S4D, VideoMAE or
+    MAE-DFER. CheckpointError if file, keys or shapes do not fit."""
     checkpoint = read_checkpoint(path)
     module = {"pretrain": MaskedAutoencoder, "finetune": S4D}[checkpoint["stage"]](**checkpoint["architecture"])
     load_weights(module, checkpoint["model"], path)
@@ -483,11 +544,86 @@ def load_encoder(model: S4D, path) -> str:
     """Initialise stage 2 from a checkpoint of stage 1 (Section III-C); returns one line on what was done.
 
     New are the experts, the norm of the final representation and the heads; the decoder and stage 1's last norm are
-    dropped.
+    dropped. ViT-MoE's experts start as copies of the pre-trained FFN that they replace. A file of stage 2 gives
+    everything that it has, heads included.
     """
     checkpoint = read_checkpoint(path)
-    if checkpoint["stage"] != "pretrain":
-        raise CheckpointError(f"{path} is a {checkpoint['stage']} checkpoint: stage 2 starts from one of pretrain.py")
+    if checkpoint["stage"] == "finetune":
+        return load_weights(model, checkpoint["model"], path)
     state = {key.removeprefix("encoder."): value for key, value in checkpoint["model"].items()}
+    for i, block in enumerate(model.blocks):
+        if block.mlp is None:
+            for key in [key for key in state if key.startswith(f"blocks.{i}.mlp.")]:
+                weight, end = state.pop(key), key.removeprefix(f"blocks.{i}.mlp.")
+                state |= {f"blocks.{i}.moe_layer.experts.{j}.{end}": weight for j in range(len(block.moe_layer.experts))}
     return load_weights(model, state, path, new=("moe_layer.", "fc_norm.", "head."),
                         dropped=("norm.", "decoder.", "encoder_to_decoder.", "mask_token"))
+
+
+# -------------------------------------------------------------------------------------- tables that need no data
+
+def parameters(model: nn.Module) -> tuple[float, float]:
+    """Millions of parameters that one token's forward pass uses (k of n experts), and of all that are trained."""
+    trained = sum(p.numel() for p in model.parameters())
+    idle = sum((layer.router.k - len(layer.experts)) * sum(p.numel() for p in layer.experts[0].parameters())
+               for layer in (block.moe_layer for block in model.blocks) if layer is not None)
+    return (trained + idle) / 1e6, trained / 1e6
+
+
+def multiply_accumulates(source: str, mask_ratio: float) -> tuple[float, float]:
+    """GMAC of one sample's forward pass of stage 1, ViT-B: with all patches embedded, masked ones too, as the released
+    code does, and as ours does, which embeds the visible ones only."""
+    model = MaskedAutoencoder("base")
+    tokens = model.size.image_tokens if source == "image" else model.size.video_tokens
+    mask = torch.arange(tokens)[None] < masked_tokens(tokens, mask_ratio)
+    frames = () if source == "image" else (model.size.frames,)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, *frames, model.size.pixels, model.size.pixels), mask)
+    ours = counter.get_total_flops() / 2    # a multiply-accumulate is two operations
+    embedding = model.encoder.patch_embed.proj.weight.numel() * int(mask.sum())
+    return (ours + embedding) / 1e9, ours / 1e9
+
+
+TABLE_5 = (  # row of the paper, its test / train figures in millions, and what makes the model
+    ("ViT", "86 / 86", dict(moae_layers=[], image_classes=())),
+    ("ViT-MTL", "86 / 86", dict(moae_layers=[])),
+    ("S4D", "90 / 101", dict()),
+    ("ViT-MoE", "115 / 285", dict(expert="ffn")),
+)
+TABLE_4 = (  # row, its cost, and (samples of Table I, modality, mask ratio) of what an epoch sees
+    ("image only", 8.8e4, ((287_568, "image", 0.75),)),
+    ("video only", 1.8e6, ((1_092_009, "video", 0.90),)),
+    ("dual-modal", 1.4e6, ((287_568, "image", 0.90), (1_092_009, "video", 0.95))),
+)
+
+
+def main() -> None:
+    """Print the columns of Tables IV and V that follow from the model alone, or export a checkpoint."""
+    p = argparse.ArgumentParser(description="Print Table V's parameters and Table IV's cost, recounted on this model.")
+    p.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FILE"),
+                   help="write a checkpoint's weights under the released names, as {'model': weights}, and stop")
+    args = p.parse_args()
+    if args.export:
+        try:
+            torch.save({"model": load_checkpoint(args.export[0]).state_dict()}, args.export[1])
+        except CheckpointError as error:
+            raise SystemExit(f"error: {error}") from error
+        return
+    print("Table V, parameters in millions, test / train     paper        recounted")
+    for name, paper, settings in TABLE_5:
+        classes = [f"class {i}" for i in range(7)]
+        with torch.device("meta"):
+            model = S4D("base", **(dict(image_classes=classes, video_classes=classes) | settings))
+        print("{:50}{:13}{:.2f} / {:.2f}".format(name, paper, *parameters(model)))
+    print("\nTable IV, cost of 100 epochs in 10^12 multiply-accumulates of the forward pass (the paper's \"TFLOPs\")\n"
+          f"{'':12}{'masked at':22}{'paper':>9}{'all patches embedded':>22}{'visible ones only (ours)':>26}")
+    for name, paper, parts in TABLE_4:
+        costs = [[samples * gmac * 100 / 1e3 for gmac in multiply_accumulates(source, ratio)]
+                 for samples, source, ratio in parts]
+        masked = ", ".join(f"{source} {ratio:.0%}" for _, source, ratio in parts)
+        released_cost, own_cost = (sum(column) for column in zip(*costs))
+        print(f"{name:12}{masked:22}{paper:9.1e}{released_cost:22.2e}{own_cost:26.2e}")
+
+
+if __name__ == "__main__":
+    main()
