@@ -7,7 +7,6 @@ UAR, unweighted average recall, is the mean of the classes' recalls; WAR, weight
 """
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from data import CATALOGUE, DataError, Samples, TestData, ensure_synthetic, load_samples, loader, names, to_float
 from model import S4D, CheckpointError, at_least_fp32, load_checkpoint, read_checkpoint
-from pretrain import Formatter, Run, guarded, start
+from pretrain import Formatter, Run, default_workers, guarded, start
 
 
 @torch.no_grad()
@@ -101,7 +100,7 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--fold", type=int, help="its fold (the checkpoint's)")
     p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets (layouts: README)")
     p.add_argument("--batch-size", type=int, default=16, help="samples that one process computes at once")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loading processes per process")
+    p.add_argument("--workers", type=int, default=default_workers(), help="loading processes per process")
     p.add_argument("--output", type=Path, help="folder for evaluation.json (the checkpoint's)")
     return p
 
@@ -110,8 +109,8 @@ def main() -> None:
     args = settings().parse_args()
     if args.batch_size < 1:
         settings().error(f"--batch-size {args.batch_size}: expected 1 or more")
-    run = start()
     checkpoint = read_checkpoint(args.checkpoint)
+    run = start(checkpoint["architecture"]["size"])
     model = load_checkpoint(args.checkpoint)
     if not isinstance(model, S4D):
         raise CheckpointError(f"{args.checkpoint} is a stage-1 checkpoint of pretrain.py: it reconstructs pixels and "
