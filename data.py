@@ -112,10 +112,12 @@ class Samples:
     labels: np.ndarray                      # (n,) int64, -1 where there are none
     stride: int
     notes: tuple[str, ...] = ()             # what was recognised, to be printed
+    frames_as_images: bool = False          # one random frame of each video stands for an image (Table IV, row 5)
 
     @property
     def dataset(self) -> DataSet:
-        return CATALOGUE[self.name]
+        entry = CATALOGUE[self.name]
+        return replace(entry, modality="image") if self.frames_as_images else entry
 
     def __len__(self) -> int:
         return len(self.names)
@@ -343,7 +345,7 @@ def augmentation(stage: str, dataset: DataSet, pixels: int, strength: str) -> v2
     if stage == "test":
         return v2.Resize((pixels, pixels), antialias=True)
     if stage == "pretrain" and dataset.modality == "image":
-        return v2.Compose([v2.RandomResizedCrop(pixels, scale=(0.2, 1), interpolation=bicubic),
+        return v2.Compose([Crop(dataset.crop), v2.RandomResizedCrop(pixels, scale=(0.2, 1), interpolation=bicubic),
                            v2.RandomHorizontalFlip()])
     if stage == "pretrain":
         # The released code resizes the short side to 192 in between, which changes no crop's place: left out.
@@ -480,6 +482,8 @@ class TrainingData(torch.utils.data.Dataset):
         return micro, torch.stack(views), torch.tensor(labels), unreadable
 
     def read(self, samples: Samples, index: int) -> torch.Tensor:
+        if samples.frames_as_images:
+            return read_clip(samples.path(index), lambda n: [int(torch.randint(n, ()))])[0]
         if samples.dataset.modality == "image":
             return read_image(samples.path(index))
         return read_clip(samples.path(index), partial(self.choose, frames=self.frames, stride=samples.stride))

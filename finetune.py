@@ -7,9 +7,11 @@ Each mini-batch comes from one of the two sets and goes through its own head; Eq
 around it is pretrain.py's `train`. After every epoch the model is tested; the last epoch and the best are reported.
 """
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
@@ -18,7 +20,8 @@ from torchvision.transforms import v2
 from data import (DataError, Schedule, Source, TrainingData, ensure_synthetic, hold_out, load_samples, names,
                   to_float)
 from evaluate import evaluate, table
-from model import S4D, CheckpointError, at_least_fp32, load_checkpoint, load_encoder, modality, read_checkpoint
+from model import (S4D, SIZES, CheckpointError, SettingError, at_least_fp32, load_checkpoint, load_encoder, modality,
+                   read_checkpoint)
 from pretrain import Rate, common_settings, decayed, describe, guarded, parse, start, train
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
@@ -44,19 +47,32 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--augment", choices=["paper", "light"], default="paper", help="light: horizontal flip only")
     p.add_argument("--mixing", type=float, default=1.0, help="share of micro-batches with mixup 0.8 or cutmix 1.0")
     p.add_argument("--label-smoothing", type=float, default=0.1, help="of the cross-entropy's targets")
-    p.add_argument("--experts", type=int, default=8, help="adapters in a MoAE layer, n")
+    p.add_argument("--experts", type=int, default=8, help="experts in a MoAE layer, n")
+    p.add_argument("--expert", choices=["adapter", "ffn"], default="adapter",
+                   help="adapter: beside the FFN; ffn: ViT-MoE, copies of the pre-trained FFN replace it")
     p.add_argument("--k", type=int, default=2, help="experts per token")
     p.add_argument("--adapter-width", type=int, help="bottleneck width r (a quarter of the token width)")
-    p.add_argument("--moae-layers", type=layer_list,
-                   help="layers with experts, as 6,7,8,9,10,11, or none (the last half)")
+    p.add_argument("--moae-layers", default="later", help="layers with experts: early, middle, later or alternate "
+                   "(half of the layers each), none, or a list as 6,7,8")
     p.add_argument("--sigma", type=float, help="fixed deviation of the gate's noise (learned per token and expert)")
+    p.add_argument("--no-residual", action="store_true", help="leave out the residual x of Eq. (8)")
+    p.add_argument("--balance", type=float, default=0.0, help="weight of Switch's balancing loss, which the paper lacks")
+    p.add_argument("--as-released", action="store_true",
+                   help="follow the released code where it departs from the paper: --no-residual --balance 1e-3")
     p.add_argument("--validation", type=float, default=0.0,
                    help="share of the training fold held out to choose the best epoch (0: the test fold chooses)")
     return p
 
 
-def layer_list(text: str) -> list[int]:
-    return [] if text == "none" else [int(number) for number in text.split(",")]
+def layers_with_experts(text: str, depth: int) -> list[int]:
+    """Table VIII's positions, "none", or numbers separated by commas. SettingError for anything else."""
+    half = depth // 2
+    positions = {"none": [], "early": range(half), "middle": range(depth // 4, depth // 4 + half),
+                 "later": range(depth - half, depth), "alternate": range(1, depth, 2)}
+    try:
+        return list(positions[text] if text in positions else map(int, text.split(",")))
+    except ValueError as error:
+        raise SettingError(f"--moae-layers {text!r}: expected {', '.join(positions)}, or numbers as 6,7,8") from error
 
 
 def main() -> None:
@@ -64,13 +80,17 @@ def main() -> None:
     run = start(args.size)
     synthetic = args.dataset == "synthetic"
     args.videos, args.images = args.dataset, args.image_dataset or ("synthetic-images" if synthetic else "affectnet-7")
+    if args.as_released:
+        args.no_residual, args.balance = True, 1e-3
     args.output = args.output or Path("runs") / args.dataset / f"fold{args.fold}"
     pretrained = args.pretrained or f"runs/pretrain-{'synthetic' if synthetic else 'voxceleb2'}/last.pt"
     sources, validation, test = load_sources(args, run)
 
     torch.manual_seed(args.seed)
     classes = [sources[name].samples.dataset.classes if name in sources else () for name in ("image", "video")]
-    model = S4D(args.size, *classes, args.experts, args.k, args.adapter_width, args.moae_layers, args.sigma)
+    layers = layers_with_experts(args.moae_layers, SIZES[args.size].depth)
+    model = S4D(args.size, *classes, args.experts, args.k, args.adapter_width, layers, args.sigma, not args.no_residual,
+                args.expert)
     loaded = "trained from scratch" if pretrained == "none" else load_encoder(model, find(pretrained))
     model.to(run.device)
     lr = args.lr * args.batch_size / 32
@@ -86,9 +106,9 @@ def main() -> None:
     def end_of_epoch(epoch: int) -> dict:
         scores = {name: evaluate(model, samples, run, args.workers) for name, samples in (validation or test).items()}
         return {"score": scores["video" if "video" in scores else "image"]["war"],
-                "validation" if validation else "test": scores}
+                "validation" if validation else "test": scores, "gates": module.gates.summary(run)}
 
-    module = JointLoss(model, args.mixing, args.label_smoothing)
+    module = JointLoss(model, args.mixing, args.label_smoothing, args.balance)
     train(run, args, "finetune", model, module, optimizer, rate, schedule,
                      TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
     report(run, args, test, "held-out training data" if validation else "the test fold itself")
@@ -125,9 +145,10 @@ def find(pretrained: str) -> str:
 class JointLoss(nn.Module):
     """Cross-entropy of a single-source mini-batch (Section III-C), as the module that DDP wraps."""
 
-    def __init__(self, model: S4D, mixing: float, label_smoothing: float):
+    def __init__(self, model: S4D, mixing: float = 0.0, label_smoothing: float = 0.0, balance: float = 0.0):
         super().__init__()
-        self.model, self.mixing, self.label_smoothing = model, mixing, label_smoothing
+        self.model, self.mixing, self.label_smoothing, self.balance = model, mixing, label_smoothing, balance
+        self.gates = Gates(model)
         self.mix = {name: v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=head.out_features),
                                            v2.CutMix(alpha=1.0, num_classes=head.out_features)])
                     for name, head in model.head.items()}
@@ -143,7 +164,54 @@ class JointLoss(nn.Module):
         loss[source] = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
         alpha = 1 if source == "video" else 0
         # Eq. (3)
-        return (1 - alpha) * loss.get("image", 0) + alpha * loss.get("video", 0)
+        total = (1 - alpha) * loss.get("image", 0) + alpha * loss.get("video", 0)
+        self.gates.count(source)
+        return total + self.balance * self.gates.balancing_loss() if self.balance else total
+
+
+class Gates:
+    """Watches the gates of all layers with experts while the model trains: how tokens spread over the experts."""
+
+    def __init__(self, model: S4D):
+        self.routers = {i: block.moe_layer.router for i, block in enumerate(model.blocks) if block.moe_layer}
+        self.last = {}                      # layer: the latest batch's (tokens' features, gates)
+        self.counts = {}                    # modality: (layers, n) tokens that each expert received
+        for i, router in self.routers.items():
+            router.register_forward_hook(partial(self.watch, i))
+
+    def watch(self, layer: int, router: nn.Module, inputs: tuple, gates: torch.Tensor) -> None:
+        if router.training:
+            self.last[layer] = inputs[0], gates
+
+    def count(self, source: str) -> None:
+        if self.last:
+            chosen = torch.stack([(gates > 0).flatten(0, 1).sum(0) for _, gates in self.last.values()]).double()
+            self.counts[source] = self.counts.get(source, 0) + chosen
+
+    def balancing_loss(self) -> torch.Tensor:
+        """n sum_i f_i P_i of Switch Transformer, mean over layers: f_i the share of assignments that expert i got, P_i
+        its mean probability before the top-k. It is 1 when both are even."""
+        losses = []
+        for layer, (x, gates) in self.last.items():
+            share = (gates > 0).flatten(0, 1).float().mean(0) / self.routers[layer].k
+            probability = at_least_fp32(self.routers[layer].topkroute_linear(x)).softmax(-1).flatten(0, 1).mean(0)
+            losses.append(len(share) * (share * probability).sum())
+        return torch.stack(losses).mean() if losses else torch.zeros(())
+
+    def summary(self, run) -> dict:
+        """Per modality and layer since the last call: each expert's share of assignments, and the coefficient of
+        variation of these shares (0 = even)."""
+        result = {}
+        for source in sorted(self.counts):
+            counts = self.counts[source]
+            if run.world > 1:
+                dist.all_reduce(counts)
+            share = counts / counts.sum(1, keepdim=True)
+            variation = share.std(1, unbiased=False) / share.mean(1)
+            result[source] = {layer: dict(share=[round(value, 4) for value in row], cv=round(cv, 4)) for layer, row, cv
+                              in zip(self.routers, share.tolist(), variation.tolist())}
+        self.counts = {}
+        return result
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -555,7 +555,8 @@ def load_encoder(model: S4D, path) -> str:
         if block.mlp is None:
             for key in [key for key in state if key.startswith(f"blocks.{i}.mlp.")]:
                 weight, end = state.pop(key), key.removeprefix(f"blocks.{i}.mlp.")
-                state |= {f"blocks.{i}.moe_layer.experts.{j}.{end}": weight for j in range(len(block.moe_layer.experts))}
+                state |= {f"blocks.{i}.moe_layer.experts.{j}.{end}": weight
+                          for j in range(len(block.moe_layer.experts))}
     return load_weights(model, state, path, new=("moe_layer.", "fc_norm.", "head."),
                         dropped=("norm.", "decoder.", "encoder_to_decoder.", "mask_token"))
 

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,8 +35,8 @@ def settings() -> argparse.ArgumentParser:
     """Every setting of stage 1; the defaults are the paper's (Section IV-B)."""
     p = common_settings(__doc__, TINY)
     p.add_argument("--dataset", default="voxceleb2", choices=["none", *names("video")], help="videos, or none")
-    p.add_argument("--image-dataset", choices=["none", *names("image")],
-                   help="images, or none (affectnet-8, or synthetic-images)")
+    p.add_argument("--image-dataset", choices=["none", "frames", *names("image")],
+                   help="images; frames = one of each video; or none (affectnet-8, or synthetic-images)")
     p.add_argument("--epochs", type=int, default=100, help="passes over the data")
     p.add_argument("--batch-size", type=int, default=384, help="images or clips of one optimiser step, all processes")
     p.add_argument("--lr", type=float, default=1.6e-3, help="base learning rate, for 512 samples a step")
@@ -124,11 +124,14 @@ def load_sources(args, run) -> dict[str, Source]:
     """The training data by modality."""
     if args.videos == args.images == "none":
         raise DataError("--dataset none and --image-dataset none leave nothing to train on")
+    if args.videos == "none" and args.images == "frames":
+        raise DataError("--image-dataset frames takes frames of --dataset, which is none")
     ensure_synthetic([args.videos, args.images], args.data_root, run)
     micro, sources = args.micro_batch or -(-args.batch_size // 2), {}
     if args.images != "none":
-        sources["image"] = Source(load_samples(args.images, args.data_root, "train"), args.batch_size, micro,
-                                  share=args.image_share)
+        name, fold = (args.videos, args.fold) if args.images == "frames" else (args.images, 1)
+        samples = replace(load_samples(name, args.data_root, "train", fold), frames_as_images=args.images == "frames")
+        sources["image"] = Source(samples, args.batch_size, micro, share=args.image_share)
     if args.videos != "none":
         if args.batch_size % args.repeats or micro % args.repeats:
             raise DataError(f"--repeats {args.repeats} must divide --batch-size {args.batch_size} and the micro-batch "

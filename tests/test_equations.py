@@ -112,7 +112,7 @@ def moae(module, k, x, residual=True, noise=None):
     return sum(gates[i] * adapter(expert, x, residual) for i, expert in enumerate(module.experts))
 
 
-def layer(block, tokens, k=2):
+def layer(block, tokens, k=2, residual=True):
     """Eqs. (10)-(13), or a plain ViT layer where there are no experts."""
     attended = attention(block.attn, len(tokens[0]) // HEAD_WIDTH, [layer_norm(block.norm1, x) for x in tokens])
     out = []
@@ -120,7 +120,7 @@ def layer(block, tokens, k=2):
         x1 = x + a                                                              # Eq. (10)
         normed = layer_norm(block.norm2, x1)
         x_g = linear(block.mlp.fc2, gelu(linear(block.mlp.fc1, normed)))        # Eq. (11)
-        x_s = moae(block.moe_layer, k, normed) if block.moe_layer is not None else 0  # Eq. (12)
+        x_s = moae(block.moe_layer, k, normed, residual) if block.moe_layer is not None else 0  # Eq. (12)
         out.append(x1 + x_g + x_s)                                              # Eq. (13)
     return out
 
@@ -153,13 +153,13 @@ def reconstruct(model, sample, mask):
     return predictions, [target(tokens[i]) for i in hidden]
 
 
-def represent(model, sample):
+def represent(model, sample, residual=True):
     """Stage 2's Phi for one sample: all tokens through all layers, their mean, a LayerNorm."""
     tokens = cut(sample)
     positions = position_table(len(tokens), 128)
     x = [embed(model.patch_embed.proj, token) + positions[i] for i, token in enumerate(tokens)]
     for block in model.blocks:
-        x = layer(block, x)
+        x = layer(block, x, residual=residual)
     return layer_norm(model.fc_norm, sum(x) / len(x))
 
 
