@@ -117,7 +117,8 @@ def main() -> None:
                               "has no classes; fine-tune it first (finetune.py --pretrained)")
     model.to(run.device)
     trained = checkpoint["settings"]
-    datasets = [args.dataset] if args.dataset else [trained[f"{source}s"] for source in model.head]
+    datasets = [args.dataset] if args.dataset else [
+        trained[f"{source}s"] for source in ("video", "image") if source in model.head]
     ensure_synthetic(datasets, args.data_root, run)
     results = {}
     for name in datasets:

@@ -120,7 +120,7 @@ def load_sources(args, run) -> tuple[dict, dict, dict]:
         raise DataError("--dataset none and --image-dataset none leave nothing to train on")
     ensure_synthetic([args.videos, args.images], args.data_root, run)
     sources, validation, test = {}, {}, {}
-    batches = {"image": args.image_batch_size or 2 * args.batch_size, "video": args.batch_size}
+    batches = {"video": args.batch_size, "image": args.image_batch_size or 2 * args.batch_size}
     micro = args.micro_batch or -(-args.batch_size // 2)
     for name, batch in batches.items():
         if getattr(args, f"{name}s") == "none":

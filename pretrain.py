@@ -128,16 +128,16 @@ def load_sources(args, run) -> dict[str, Source]:
         raise DataError("--image-dataset frames takes frames of --dataset, which is none")
     ensure_synthetic([args.videos, args.images], args.data_root, run)
     micro, sources = args.micro_batch or -(-args.batch_size // 2), {}
-    if args.images != "none":
-        name, fold = (args.videos, args.fold) if args.images == "frames" else (args.images, 1)
-        samples = replace(load_samples(name, args.data_root, "train", fold), frames_as_images=args.images == "frames")
-        sources["image"] = Source(samples, args.batch_size, micro, share=args.image_share)
     if args.videos != "none":
         if args.batch_size % args.repeats or micro % args.repeats:
             raise DataError(f"--repeats {args.repeats} must divide --batch-size {args.batch_size} and the micro-batch "
                             f"{micro}: a micro-batch holds all samples of a decoded clip")
         sources["video"] = Source(load_samples(args.videos, args.data_root, "train", args.fold), args.batch_size,
                                   micro, repeats=args.repeats)
+    if args.images != "none":
+        name, fold = (args.videos, args.fold) if args.images == "frames" else (args.images, 1)
+        samples = replace(load_samples(name, args.data_root, "train", fold), frames_as_images=args.images == "frames")
+        sources["image"] = Source(samples, args.batch_size, micro, share=args.image_share)
     return sources
 
 
