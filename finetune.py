@@ -25,7 +25,7 @@ from model import (S4D, SIZES, CheckpointError, SettingError, at_least_fp32, loa
 from pretrain import Rate, common_settings, decayed, describe, guarded, parse, start, train
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
-TINY = dict(epochs=12, batch_size=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9, augment="light", mixing=0.0)
+TINY = dict(epochs=14, batch_size=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9, augment="light", mixing=0.0)
 
 
 def settings() -> argparse.ArgumentParser:
@@ -100,7 +100,7 @@ def main() -> None:
                                   lr, betas=(0.9, 0.999), fused=True)
     schedule = Schedule(sources, args.seed, args.epochs, run.rank, run.world)
     per_epoch = schedule.steps_per_epoch()
-    describe(run, args, model, sources, args.epochs * per_epoch, lr, {"initialised from": loaded})
+    describe(run, args, model, sources, args.epochs * per_epoch, lr, loaded)
     rate = Rate(lr, int(args.warmup_epochs * per_epoch), args.epochs * per_epoch, first=1.25e-7, end=1.25e-7)
 
     def end_of_epoch(epoch: int) -> dict:
@@ -110,7 +110,7 @@ def main() -> None:
 
     module = JointLoss(model, args.mixing, args.label_smoothing, args.balance)
     train(run, args, "finetune", model, module, optimizer, rate, schedule,
-                     TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
+          TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
     report(run, args, test, "held-out training data" if validation else "the test fold itself")
 
 
@@ -165,8 +165,10 @@ class JointLoss(nn.Module):
         alpha = 1 if source == "video" else 0
         # Eq. (3)
         total = (1 - alpha) * loss.get("image", 0) + alpha * loss.get("video", 0)
+        if self.balance:
+            total = total + self.balance * self.gates.balancing_loss()
         self.gates.count(source)
-        return total + self.balance * self.gates.balancing_loss() if self.balance else total
+        return total
 
 
 class Gates:
@@ -184,9 +186,11 @@ class Gates:
             self.last[layer] = inputs[0], gates
 
     def count(self, source: str) -> None:
+        """Add the latest batch to the counts, and let go of it."""
         if self.last:
             chosen = torch.stack([(gates > 0).flatten(0, 1).sum(0) for _, gates in self.last.values()]).double()
             self.counts[source] = self.counts.get(source, 0) + chosen
+            self.last.clear()
 
     def balancing_loss(self) -> torch.Tensor:
         """n sum_i f_i P_i of Switch Transformer, mean over layers: f_i the share of assignments that expert i got, P_i

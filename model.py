@@ -516,7 +516,8 @@ def load_checkpoint(path) -> MaskedAutoencoder | S4D:
 def load_weights(module: nn.Module, state: dict[str, torch.Tensor], path, new: tuple[str, ...] = (),
                  dropped: tuple[str, ...] = ()) -> str:
     """Copy weights into a module. Only parameters whose name contains one of `new` may be missing from the file, and
-    only names that start with one of `dropped` may be left over. Returns one line on what was done."""
+    only names that start with one of `dropped` may be left over. Returns a line each on what was loaded, made new and
+    dropped; CheckpointError, with nothing loaded, for anything else."""
     own = module.state_dict()
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
@@ -530,7 +531,7 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], path, new: t
     if problems:
         raise CheckpointError(f"{path} does not fit this model: {'; '.join(problems)}")
     module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    return (f"{path}: {len(own) - len(missing)} tensors loaded; made new: {prefixes(missing)}; "
+    return (f"loaded: {len(own) - len(missing)} tensors of {path}\nmade new: {prefixes(missing)}\n"
             f"dropped: {prefixes(extra)}")
 
 
@@ -541,7 +542,7 @@ def prefixes(keys: list[str]) -> str:
 
 
 def load_encoder(model: S4D, path) -> str:
-    """Initialise stage 2 from a checkpoint of stage 1 (Section III-C); returns one line on what was done.
+    """Initialise stage 2 from a checkpoint of stage 1 (Section III-C); returns what load_weights says.
 
     New are the experts, the norm of the final representation and the heads; the decoder and stage 1's last norm are
     dropped. ViT-MoE's experts start as copies of the pre-trained FFN that they replace. A file of stage 2 gives

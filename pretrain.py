@@ -113,8 +113,8 @@ def main() -> None:
                                   fused=True)
     schedule = Schedule(sources, args.seed, args.epochs, run.rank, run.world)
     steps = args.epochs * schedule.steps_per_epoch()
-    describe(run, args, model, sources, steps, lr, {"masked tokens": {
-        name: masked_tokens(getattr(model.size, f"{name}_tokens"), module.ratios[name]) for name in sources}})
+    masked = {name: masked_tokens(getattr(model.size, f"{name}_tokens"), module.ratios[name]) for name in sources}
+    describe(run, args, model, sources, steps, lr, f"masked tokens of a sample: {masked}")
     rate = Rate(lr, int(args.warmup * steps), steps, first=1e-6, end=0.0)
     train(run, args, "pretrain", model, module, optimizer, rate, schedule,
           TrainingData(sources, "pretrain", model.size))
@@ -394,7 +394,7 @@ def write(path: Path, contents: dict) -> None:
     os.replace(temporary, path)
 
 
-def describe(run: Run, args, model: nn.Module, sources: dict[str, Source], steps: int, lr: float, extra: dict) -> None:
+def describe(run: Run, args, model: nn.Module, sources: dict[str, Source], steps: int, lr: float, more: str) -> None:
     """Print what follows from the settings: once, before any work."""
     if not run.main:
         return
@@ -412,9 +412,8 @@ def describe(run: Run, args, model: nn.Module, sources: dict[str, Source], steps
         if micros < run.world:
             print(f"  {run.world} processes share {micros} micro-batches: some idle; give --micro-batch "
                   f"{max(1, source.batch // run.world)} or less")
-    print(f"{args.epochs} epochs of {steps // args.epochs} steps, peak learning rate {lr:.3g}"
-          + "".join(f"; {name}: {value}" for name, value in extra.items()))
-    print(f"writing to {args.output}", flush=True)
+    print(f"{args.epochs} epochs of {steps // args.epochs} steps, peak learning rate {lr:.3g}\n{more}\n"
+          f"writing to {args.output}", flush=True)
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def test_masked_autoencoder_equations_1_and_2(source, tokens, masked):
         squares += [((p - t) ** 2).sum() / 384 for p, t in zip(predictions, targets)]
     assert torch.equal(used, mask)
     assert_same(pred, expected)
-    assert_same(loss, sum(squares) / (2 * masked))  # by the masked tokens' number, as facts.md decides
+    assert_same(loss, sum(squares) / (2 * masked))  # by the number of masked tokens: see the README's table
 
 
 def test_pixels_of_masked_tokens_never_reach_the_encoder():
