@@ -259,8 +259,8 @@ def read_clip(path: Path, choose) -> torch.Tensor:
     DataError names a file that cannot be decoded or has fewer frames than it says.
     """
     if path.is_dir():
-        files = sorted((f for f in os.listdir(path) if f.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))),
-                       key=natural)
+        files = sorted((f for f in os.listdir(path) if f.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
+                        and not f.startswith(".")), key=natural)
         if not files:
             raise DataError(f"{path} holds no frames (.jpg, .jpeg, .png or .bmp)")
         wanted = choose(len(files))
@@ -269,12 +269,13 @@ def read_clip(path: Path, choose) -> torch.Tensor:
             raise DataError(f"{path}: frames of different sizes: {sorted({tuple(f.shape) for f in frames.values()})}")
         return torch.stack([frames[i] for i in wanted])
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise DataError(f"{path} has no video stream")
             stream = container.streams.video[0]
             stream.thread_count = 1         # loading processes run side by side already
-            if any(entry.pos + entry.size > path.stat().st_size for entry in stream.index_entries):
+            length = path.stat().st_size
+            if any(entry.pos + entry.size > length for entry in stream.index_entries):
                 raise DataError(f"{path} is truncated: its index lists frames beyond the end of the file")
             # Counted, not as declared; trimming without re-encoding leaves packets that are not to be shown.
             total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
@@ -458,14 +459,14 @@ class TrainingData(torch.utils.data.Dataset):
     """Reads and augments whole micro-batches: data[micro_batch] -> (micro_batch, x uint8, labels, unreadable)."""
 
     def __init__(self, sources: dict[str, Source], stage: str, size: Size, strength: str = "paper"):
-        self.sources, self.frames = sources, size.frames
+        self.sources, self.frames, self.pixels = sources, size.frames, size.pixels
         self.choose = pretrain_frames if stage == "pretrain" else train_frames
         self.augment = {name: augmentation(stage, source.samples.dataset, size.pixels, strength)
                         for name, source in sources.items()}
 
     def __getitem__(self, micro: MicroBatch):
         """x: (B, 3, H, W) or (B, T, 3, H, W) with `repeats` views of each sample in a row. Samples that cannot be
-        read are left out and their errors returned; DataError if none is left."""
+        read are left out and their errors returned; if none is left, a black one of weight 0 stands for them."""
         source, samples = self.sources[micro.source], self.sources[micro.source].samples
         views, labels, unreadable = [], [], []
         for i, index in enumerate(micro.index):
@@ -478,7 +479,9 @@ class TrainingData(torch.utils.data.Dataset):
             views += [self.augment[micro.source](x) for _ in range(source.repeats)]
             labels += [int(samples.labels[index])] * source.repeats
         if not views:
-            raise DataError(f"no sample of a micro-batch can be read: {unreadable[0]}")
+            frames = () if micro.source == "image" else (self.frames,)
+            views, labels = [torch.zeros(*frames, 3, self.pixels, self.pixels, dtype=torch.uint8)], [0]
+            micro = replace(micro, weight=0.0)
         return micro, torch.stack(views), torch.tensor(labels), unreadable
 
     def read(self, samples: Samples, index: int) -> torch.Tensor:
@@ -524,6 +527,9 @@ def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
     for label in np.unique(samples.labels):
         of_class = rng.permutation(np.flatnonzero(samples.labels == label))
         held[of_class[:round(share * len(of_class))]] = True
+    if held.all() or not held.any():
+        raise DataError(f"--validation {share} of the {len(samples)} samples of {samples.name} leaves none to "
+                        f"{'train on' if held.all() else 'hold out'}")
     return samples.subset(~held), samples.subset(held)
 
 

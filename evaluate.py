@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import CATALOGUE, DataError, Samples, TestData, ensure_synthetic, load_samples, loader, names, to_float
-from model import S4D, CheckpointError, at_least_fp32, load_checkpoint, read_checkpoint
+from model import S4D, CheckpointError, at_least_fp32, read_checkpoint, rebuild
 from pretrain import Formatter, Run, default_workers, guarded, start
 
 
@@ -68,6 +68,8 @@ def metrics(confusion: np.ndarray) -> dict:
 def evaluate(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> dict:
     """Metrics of the samples' own head. DataError if its classes are not those of the data set."""
     source, classes = samples.dataset.modality, list(samples.dataset.classes)
+    if model.architecture[f"{source}_classes"] == [f"class {i}" for i in range(len(classes))]:
+        model.architecture[f"{source}_classes"] = classes   # a released file does not name them: the catalogue's order
     if model.architecture[f"{source}_classes"] != classes:
         raise DataError(f"the checkpoint's {source} head knows {model.architecture[f'{source}_classes']}, but "
                         f"{samples.name} has {classes}")
@@ -107,29 +109,32 @@ def settings() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = settings().parse_args()
-    if args.batch_size < 1:
-        settings().error(f"--batch-size {args.batch_size}: expected 1 or more")
+    if args.batch_size < 1 or args.workers < 0:
+        settings().error(f"--batch-size {args.batch_size} --workers {args.workers}: expected 1 or more, and 0 or more")
     checkpoint = read_checkpoint(args.checkpoint)
     run = start(checkpoint["architecture"]["size"])
-    model = load_checkpoint(args.checkpoint)
+    model = rebuild(checkpoint, args.checkpoint)
     if not isinstance(model, S4D):
         raise CheckpointError(f"{args.checkpoint} is a stage-1 checkpoint of pretrain.py: it reconstructs pixels and "
                               "has no classes; fine-tune it first (finetune.py --pretrained)")
     model.to(run.device)
-    trained = checkpoint["settings"]
+    trained = checkpoint.get("settings", {})
+    if not trained and not args.dataset:
+        raise CheckpointError(f"{args.checkpoint} does not say what it was trained on: give --dataset, and --fold")
     datasets = [args.dataset] if args.dataset else [
         trained[f"{source}s"] for source in ("video", "image") if source in model.head]
     ensure_synthetic(datasets, args.data_root, run)
     results = {}
     for name in datasets:
-        fold = args.fold or (trained["fold"] if CATALOGUE[name].folds > 1 else 1)
+        fold = args.fold if args.fold is not None else trained.get("fold", 1) if CATALOGUE[name].folds > 1 else 1
         samples = load_samples(name, args.data_root, "test", fold)
         scores = evaluate(model, samples, run, args.workers, args.batch_size)
         results[name] = dict(scores, fold=fold, samples=len(samples))
         if run.main:
             folds = f", fold {fold}" if CATALOGUE[name].folds > 1 else ""
-            print(f"\n{name}{folds}: {len(samples)} test samples, {args.checkpoint} after epoch "
-                  f"{checkpoint['progress']['epoch']}\n{table(scores, samples.dataset.classes)}")
+            epoch = f" after epoch {checkpoint['progress']['epoch']}" if "progress" in checkpoint else ""
+            print(f"\n{name}{folds}: {len(samples)} test samples, {args.checkpoint}{epoch}\n"
+                  f"{table(scores, samples.dataset.classes)}")
     if run.main:
         folder = args.output or args.checkpoint.parent
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ from torchvision.transforms import v2
 from data import (DataError, Schedule, Source, TrainingData, ensure_synthetic, hold_out, load_samples, names,
                   to_float)
 from evaluate import evaluate, table
-from model import (S4D, SIZES, CheckpointError, SettingError, at_least_fp32, load_checkpoint, load_encoder, modality,
-                   read_checkpoint)
+from model import (S4D, SIZES, CheckpointError, SettingError, at_least_fp32, load_encoder, modality, read_checkpoint,
+                   rebuild)
 from pretrain import Rate, common_settings, decayed, describe, guarded, parse, start, train
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
@@ -56,7 +56,7 @@ def settings() -> argparse.ArgumentParser:
                    "(half of the layers each), none, or a list as 6,7,8")
     p.add_argument("--sigma", type=float, help="fixed deviation of the gate's noise (learned per token and expert)")
     p.add_argument("--no-residual", action="store_true", help="leave out the residual x of Eq. (8)")
-    p.add_argument("--balance", type=float, default=0.0, help="weight of Switch's balancing loss, which the paper lacks")
+    p.add_argument("--balance", type=float, default=0.0, help="weight of Switch's balancing loss (the paper: none)")
     p.add_argument("--as-released", action="store_true",
                    help="follow the released code where it departs from the paper: --no-residual --balance 1e-3")
     p.add_argument("--validation", type=float, default=0.0,
@@ -81,17 +81,19 @@ def main() -> None:
     synthetic = args.dataset == "synthetic"
     args.videos, args.images = args.dataset, args.image_dataset or ("synthetic-images" if synthetic else "affectnet-7")
     if args.as_released:
-        args.no_residual, args.balance = True, 1e-3
+        args.no_residual, args.balance = True, args.balance or 1e-3
+    if args.expert == "ffn" and (args.no_residual or args.adapter_width):
+        raise SettingError("--expert ffn has no adapters: --no-residual, --as-released, --adapter-width do not apply")
     args.output = args.output or Path("runs") / args.dataset / f"fold{args.fold}"
-    pretrained = args.pretrained or f"runs/pretrain-{'synthetic' if synthetic else 'voxceleb2'}/last.pt"
+    args.pretrained = args.pretrained or f"runs/pretrain-{'synthetic' if synthetic else 'voxceleb2'}/last.pt"
     sources, validation, test = load_sources(args, run)
 
     torch.manual_seed(args.seed)
     classes = [sources[name].samples.dataset.classes if name in sources else () for name in ("image", "video")]
     layers = layers_with_experts(args.moae_layers, SIZES[args.size].depth)
-    model = S4D(args.size, *classes, args.experts, args.k, args.adapter_width, layers, args.sigma, not args.no_residual,
-                args.expert)
-    loaded = "trained from scratch" if pretrained == "none" else load_encoder(model, find(pretrained))
+    model = S4D(args.size, *classes, experts=args.experts, k=args.k, adapter_width=args.adapter_width,
+                moae_layers=layers, sigma=args.sigma, residual=not args.no_residual, expert=args.expert)
+    loaded = "trained from scratch" if args.pretrained == "none" else load_encoder(model, find(args.pretrained))
     model.to(run.device)
     lr = args.lr * args.batch_size / 32
     depth = model.size.depth
@@ -175,7 +177,8 @@ class Gates:
     """Watches the gates of all layers with experts while the model trains: how tokens spread over the experts."""
 
     def __init__(self, model: S4D):
-        self.routers = {i: block.moe_layer.router for i, block in enumerate(model.blocks) if block.moe_layer}
+        self.routers = {i: block.moe_layer.router for i, block in enumerate(model.blocks)
+                        if block.moe_layer is not None}
         self.last = {}                      # layer: the latest batch's (tokens' features, gates)
         self.counts = {}                    # modality: (layers, n) tokens that each expert received
         for i, router in self.routers.items():
@@ -204,7 +207,7 @@ class Gates:
 
     def summary(self, run) -> dict:
         """Per modality and layer since the last call: each expert's share of assignments, and the coefficient of
-        variation of these shares (0 = even)."""
+        variation of these shares (0 = even). A process without a micro-batch, which repeats one, counts it again."""
         result = {}
         for source in sorted(self.counts):
             counts = self.counts[source]
@@ -230,8 +233,8 @@ def report(run, args, test: dict, chosen_by: str) -> None:
     for file, title in (("last.pt", "last epoch"), ("best.pt", f"best epoch, chosen by WAR on {chosen_by}")):
         run.barrier()                       # the first process writes these files
         path = args.output / file
-        epoch = read_checkpoint(path)["progress"]["epoch"]
-        model = load_checkpoint(path).to(run.device)
+        checkpoint = read_checkpoint(path)
+        epoch, model = checkpoint["progress"]["epoch"], rebuild(checkpoint, path).to(run.device)
         for samples in test.values():
             scores = evaluate(model, samples, run, args.workers)
             if run.main:

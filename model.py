@@ -11,6 +11,7 @@ n experts             k experts per token       r adapter width
 """
 import argparse
 import pickle
+import re
 from dataclasses import dataclass
 
 import torch
@@ -324,8 +325,8 @@ class NoisyTopKGate(nn.Module):
         super().__init__()
         if not 1 <= k <= experts:
             raise SettingError(f"k = {k} experts per token, but there are {experts}")
-        if sigma is not None and sigma < 0:
-            raise SettingError(f"sigma = {sigma} is a standard deviation: it cannot be negative")
+        if sigma is not None and not sigma >= 0:
+            raise SettingError(f"sigma = {sigma} is a standard deviation: expected 0 or more")
         self.k, self.sigma = k, sigma
         self.topkroute_linear = nn.Linear(width, experts)   # W_g; the bias, 0 at first, is the released checkpoints'
         self.noise_linear = nn.Linear(width, experts) if sigma is None else None
@@ -355,7 +356,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Eq. (8)
-        return self.residual * x + self.fc2(F.gelu(self.fc1(x)))
+        return (x if self.residual else 0) + self.fc2(F.gelu(self.fc1(x)))
 
 
 class MoE(nn.Module):
@@ -386,7 +387,8 @@ class MoAE(nn.Module):
                  sigma: float | None = None, residual: bool = True):
         super().__init__()
         self.router = NoisyTopKGate(width, experts, k, sigma)
-        self.experts = nn.ModuleList(Adapter(width, adapter_width or width // 4, residual) for _ in range(experts))
+        adapter_width = width // 4 if adapter_width is None else adapter_width
+        self.experts = nn.ModuleList(Adapter(width, adapter_width, residual) for _ in range(experts))
         self.residual = residual
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -454,6 +456,9 @@ class S4D(ViT):
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
+MODULES = {"pretrain": MaskedAutoencoder, "finetune": S4D}  # what the stage in a checkpoint stands for
+
+
 class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message names the file, the keys and the shapes."""
 
@@ -469,11 +474,16 @@ def read_checkpoint(path) -> dict:
             f"{path} is no checkpoint of plain tensors, numbers and text, and running code from a file is refused. If "
             "you trust it, convert it once: torch.save({'model': torch.load(OLD, weights_only=False)['model']}, NEW)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error!r}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise CheckpointError(f"{path} is no checkpoint: expected a dict with the weights under 'model'")
-    return checkpoint if "stage" in checkpoint else released(checkpoint["model"], path)
+    if "stage" not in checkpoint:
+        return released(checkpoint["model"], path)
+    if checkpoint["stage"] not in MODULES or not isinstance(checkpoint.get("architecture"), dict):
+        raise CheckpointError(f"{path} names stage {checkpoint['stage']!r}: expected {' or '.join(MODULES)}, and its "
+                              "architecture")
+    return checkpoint
 
 
 def released(state: dict[str, torch.Tensor], path) -> dict:
@@ -482,8 +492,7 @@ def released(state: dict[str, torch.Tensor], path) -> dict:
     The names are ours already, up to prefixes. The size follows from the token width, a classifier's experts from its
     keys; its adapters have no residual, and its k, which no key tells, is the paper's 2.
     """
-    for prefix in ("module.", "_orig_mod.", "backbone."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = {re.sub(r"^((module|_orig_mod|backbone)\.)+", "", key): value for key, value in state.items()}
     if not any(key.startswith("decoder.") for key in state):
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
     embedding = next((value for key, value in state.items() if key.endswith("patch_embed.proj.weight")), None)
@@ -507,8 +516,15 @@ def released(state: dict[str, torch.Tensor], path) -> dict:
 def load_checkpoint(path) -> MaskedAutoencoder | S4D:
     """Rebuild the module that a checkpoint describes: ours of either stage, or a released one of S4D, VideoMAE or
     MAE-DFER. CheckpointError if file, keys or shapes do not fit."""
-    checkpoint = read_checkpoint(path)
-    module = {"pretrain": MaskedAutoencoder, "finetune": S4D}[checkpoint["stage"]](**checkpoint["architecture"])
+    return rebuild(read_checkpoint(path), path)
+
+
+def rebuild(checkpoint: dict, path) -> MaskedAutoencoder | S4D:
+    """load_checkpoint of a file that has been read."""
+    try:
+        module = MODULES[checkpoint["stage"]](**checkpoint["architecture"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no model: {error!r}") from error
     load_weights(module, checkpoint["model"], path)
     return module
 
@@ -522,7 +538,7 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], path, new: t
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
     wrong = [key for key in missing if not any(part in key for part in new)]
-    wrong_extra = [key for key in extra if not key.startswith(dropped or ("\0",))]
+    wrong_extra = [key for key in extra if not key.startswith(dropped)]
     shapes = [f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
               for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     problems = ([f"missing: {', '.join(wrong[:5])} ({len(wrong)} in all)"] if wrong else [])
@@ -550,6 +566,10 @@ def load_encoder(model: S4D, path) -> str:
     """
     checkpoint = read_checkpoint(path)
     if checkpoint["stage"] == "finetune":
+        for name in ("residual", "k", "sigma", "expert"):   # what keys and shapes do not tell
+            theirs, ours = checkpoint["architecture"].get(name), model.architecture[name]
+            if name in checkpoint["architecture"] and theirs != ours:
+                raise CheckpointError(f"{path} was fine-tuned with {name} = {theirs}, this model has {ours}")
         return load_weights(model, checkpoint["model"], path)
     state = {key.removeprefix("encoder."): value for key, value in checkpoint["model"].items()}
     for i, block in enumerate(model.blocks):

@@ -4,8 +4,8 @@
     python pretrain.py --dataset synthetic        the same on synthetic faces and a tiny model, in minutes on a CPU
 
 `main` is the stage; `train` below it is the loop of both stages, and the rest is what they share: processes,
-learning rate, checkpoints. One process or many, CPU or GPU, give the same losses up to summation order: an
-optimiser step is a fixed list of micro-batches, dealt to the processes (data.py), each with a seed of its own.
+learning rate, checkpoints. One process or many, on one kind of device, give the same losses up to summation
+order: an optimiser step is a fixed list of micro-batches, dealt to the processes (data.py), each with a seed of its own.
 """
 import argparse
 import contextlib
@@ -67,7 +67,7 @@ def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
 
 
 def default_workers() -> int:
-    return min(8, max(1, (os.cpu_count() or 1) // 2))
+    return min(8, max(1, (os.cpu_count() or 1) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -85,15 +85,19 @@ def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None)
     if (args.size or p.get_default("size")) == "tiny":
         p.set_defaults(**tiny)
     args = p.parse_args(argv)
-    for name in ("epochs", "batch_size", "micro_batch", "repeats", "image_batch_size"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
-    for name in ("workers", "lr", "image_share", "seed"):
-        if getattr(args, name) < 0:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more")
-    for name in ("video_mask_ratio", "image_mask_ratio", "validation"):
-        if not 0 <= getattr(args, name, 0) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a share from 0 to below 1")
+    for names_, fits, expected in (
+            (("epochs", "batch_size", "micro_batch", "repeats", "image_batch_size", "experts", "k", "adapter_width"),
+             lambda value: value >= 1, "1 or more"),
+            (("workers", "lr", "seed", "weight_decay", "warmup_epochs", "layer_decay", "balance", "sigma"),
+             lambda value: 0 <= value < math.inf, "0 or more"),
+            (("video_mask_ratio", "image_mask_ratio", "validation", "label_smoothing"),
+             lambda value: 0 <= value < 1, "0 to below 1"),
+            (("mixing", "warmup"), lambda value: 0 <= value <= 1, "0 to 1"),
+            (("image_share",), lambda value: value > 0, "more than 0 (--image-dataset none leaves images out)")):
+        for name in names_:
+            value = getattr(args, name, None)
+            if value is not None and not fits(value):
+                p.error(f"--{name.replace('_', '-')} {value}: expected {expected}")
     return args
 
 
@@ -166,7 +170,7 @@ def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
     wrapped = DistributedDataParallel(module, broadcast_buffers=False) if run.world > 1 else module
     total, per_epoch = rate.steps, rate.steps // args.epochs
-    unreadable = Unreadable(run, data.sources)
+    unreadable = Unreadable(data.sources)
     bar = tqdm(total=total, initial=progress["epoch"] * per_epoch, disable=not run.main, unit="step",
                desc=f"{stage} epoch {progress['epoch'] + 1}/{args.epochs}")
     for epoch in range(progress["epoch"], args.epochs):
@@ -182,6 +186,7 @@ def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_
             bar.update()
             bar.set_postfix(refresh=False, loss=f"{loss:.4f}", lr=f"{rate(step):.2e}",
                             data=f"{data_time:.3f}s", step=f"{(time.perf_counter() - began) / len(losses):.3f}s")
+        unreadable.share(run)
         record = dict(epoch=epoch + 1, step=(epoch + 1) * per_epoch, lr=rate(step), losses=losses,
                       loss={name: mean([loss for source, loss in losses if source == name]) for name in data.sources},
                       seconds=round(time.perf_counter() - began, 2), data_seconds=round(waited, 2),
@@ -215,8 +220,10 @@ def optimise(run, wrapped, batches, optimizer, unreadable, step: int) -> tuple[s
         dist.all_reduce(total)
     loss = total.item()
     if not math.isfinite(loss):
-        raise SystemExit(f"the loss became {loss} at step {step}, a batch of {micro.source}s (epoch {micro.epoch + 1}, "
-                         f"samples {micro.index.tolist()} and others): stopped before the weights change")
+        samples = unreadable.sources[micro.source].samples
+        raise SystemExit(f"the loss became {loss} at step {step}, epoch {micro.epoch + 1}, a batch of {micro.source}s: "
+                         "stopped before the weights change. This process's last files of it: "
+                         + ", ".join(str(samples.path(i)) for i in micro.index))
     optimizer.step()
     return micro.source, loss, waited
 
@@ -224,18 +231,31 @@ def optimise(run, wrapped, batches, optimizer, unreadable, step: int) -> tuple[s
 class Unreadable:
     """Samples that training left out: named once each, and an error beyond 1 % of their data set."""
 
-    def __init__(self, run, sources: dict[str, Source]):
-        self.main, self.sources, self.files = run.main, sources, {}
+    def __init__(self, sources: dict[str, Source]):
+        self.sources, self.files = sources, {}
 
     def add(self, source: str, errors: list[str]) -> None:
         for error in errors:
             if error not in self.files:
                 tqdm.write(f"left out: {error}", file=sys.stderr)
             self.files[error] = source
-        found = sum(name == source for name in self.files.values()) if errors else 0
-        if found > 0.01 * len(self.sources[source].samples):
-            raise DataError(f"{found} of {len(self.sources[source].samples)} {source}s cannot be read, more than 1 %; "
-                            f"the last: {errors[-1]}")
+        if errors:
+            self.check()
+
+    def share(self, run) -> None:
+        """At the end of an epoch every process learns what the others left out."""
+        if run.world > 1:
+            everyone = [None] * run.world
+            dist.all_gather_object(everyone, self.files)
+            self.files = {error: source for files in everyone for error, source in files.items()}
+        self.check()
+
+    def check(self) -> None:
+        for source, drawn in self.sources.items():
+            errors = [error for error, name in self.files.items() if name == source]
+            if len(errors) > 0.01 * len(drawn.samples):
+                raise DataError(f"{len(errors)} of {len(drawn.samples)} {source}s cannot be read, more than 1 %; the "
+                                f"last: {errors[-1]}")
 
 
 def mean(values: list[float]) -> float | None:
@@ -318,8 +338,8 @@ def guarded(main) -> None:
     try:
         main()
     except (DataError, CheckpointError, SettingError) as error:
-        # A loading process wraps its error in the text of its traceback, which ends in the message.
-        sys.exit(f"error: {str(error).rsplit('Error: ', 1)[-1].strip()}")
+        text = str(error)                   # a loading process wraps it in its traceback, which ends in the message
+        sys.exit(f"error: {text.rsplit('Error: ', 1)[-1].strip() if text.startswith('Caught ') else text}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -338,7 +358,7 @@ def fresh(run: Run, args) -> dict:
     return dict(epoch=0, best=None)
 
 
-FREE_TO_CHANGE = {"output", "resume", "workers", "data_root", "pretrained"}
+FREE_TO_CHANGE = {"output", "resume", "workers", "data_root"}
 
 
 def plain(args) -> dict:
@@ -410,8 +430,9 @@ def describe(run: Run, args, model: nn.Module, sources: dict[str, Source], steps
             print(f"  {note}")
         micros = -(-source.batch // source.micro)
         if micros < run.world:
+            fit = args.batch_size // run.world // source.repeats * source.repeats
             print(f"  {run.world} processes share {micros} micro-batches: some idle; give --micro-batch "
-                  f"{max(1, source.batch // run.world)} or less")
+                  f"{max(source.repeats, fit)} or less")
     print(f"{args.epochs} epochs of {steps // args.epochs} steps, peak learning rate {lr:.3g}\n{more}\n"
           f"writing to {args.output}", flush=True)
 
