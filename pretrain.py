@@ -4,8 +4,8 @@
     python pretrain.py --dataset synthetic        the same on synthetic faces and a tiny model, in minutes on a CPU
 
 `main` is the stage; `train` below it is the loop of both stages, and the rest is what they share: processes,
-learning rate, checkpoints. One process or many, on one kind of device, give the same losses up to summation
-order: an optimiser step is a fixed list of micro-batches, dealt to the processes (data.py), each with a seed of its own.
+learning rate, checkpoints. One process or many, on one kind of device, give the same losses up to summation order:
+an optimiser step is a fixed list of micro-batches, dealt to the processes (data.py), each with a seed of its own.
 """
 import argparse
 import contextlib
