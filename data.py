@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -230,7 +231,8 @@ def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
     wanted = [f"  {data_root / path}/{dataset.pattern}" for path, _ in dataset.media]
     wanted += [f"  {data_root / path.format(fold=fold)}" for path in (dataset.train, dataset.test) if path]
     return "\n".join([f"data set {name} not found: {reason}. Looked below --data-root {data_root} for", *wanted,
-                      "To run the same on synthetic faces, which need no download, give --dataset synthetic"])
+                      "The same on synthetic faces, which need no download: python "
+                      f"{Path(sys.argv[0]).name} --dataset synthetic"])
 
 
 # --------------------------------------------------------------------------------------------------------- readers

@@ -499,7 +499,7 @@ def released(state: dict[str, torch.Tensor], path) -> dict:
     if embedding is None:
         raise CheckpointError(f"{path} has no patch_embed.proj.weight: it is no file of S4D, VideoMAE or MAE-DFER")
     size = next((name for name, size in SIZES.items() if size.width == len(embedding)), "base")
-    if any(key.startswith("decoder.") for key in state):
+    if any(key.startswith("decoder.") for key in state) or not any(key.startswith("head.") for key in state):
         return dict(stage="pretrain", architecture={"size": size}, model=state)
     classes = {name: [f"class {i}" for i in range(len(state.get(f"head.{name}.weight", ())))]
                for name in ("image", "video")}
@@ -552,8 +552,9 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], path, new: t
 
 
 def prefixes(keys: list[str]) -> str:
-    """A short list of what keys are about: layer numbers and the last part of each name left out."""
-    short = {".".join("*" if part.isdigit() else part for part in key.split(".")[:-1]) or key for key in keys}
+    """A short list of the parts of the model that keys belong to."""
+    parts = [key.split(".") for key in keys]
+    short = {f"blocks.*.{part[2]}" if part[0] == "blocks" else part[0] for part in parts}
     return ", ".join(sorted(short)) or "nothing"
 
 

@@ -24,7 +24,8 @@ def test_stage_2_takes_the_encoder_and_says_what_is_new(tmp_path):
     said = load_encoder(model, tmp_path / "1.pt")
     assert torch.equal(model.blocks[3].mlp.fc1.weight, stage1.encoder.blocks[3].mlp.fc1.weight)
     assert torch.equal(model.patch_embed.proj.weight, stage1.encoder.patch_embed.proj.weight)
-    assert "fc_norm" in said and "head.image" in said and "mask_token" in said
+    assert "made new: blocks.*.moe_layer, fc_norm, head\n" in said
+    assert said.endswith("dropped: decoder, encoder_to_decoder, mask_token, norm")
 
 
 def test_keys_that_no_stage_makes_or_drops_are_errors(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from test_equations import batch, gate, gelu, linear, random_weights, represent
 
 import data
+import evaluate
 import finetune
 import model
 import pretrain
@@ -109,7 +110,7 @@ def test_gate_statistics_and_balancing_loss_equal_plain_counts():
     for x, gates in zip(seen["x"].flatten(0, 1), seen["g"].flatten(0, 1)):
         for i in range(4):
             counts[i] += int(gates[i] > 0)
-            probability[i] += float(router.topkroute_linear(x).softmax(-1)[i]) / 72
+            probability[i] += router.topkroute_linear(x).softmax(-1)[i].item() / 72
     expected = 4 * sum(count / 144 * p for count, p in zip(counts, probability))
     assert float(added) == pytest.approx(0.5 * expected, rel=1e-4)
     summary = joint.gates.summary(argparse.Namespace(world=1))["image"][3]
@@ -162,7 +163,7 @@ def released_classifier():
     return random_weights(S4D("tiny", CLASSES, [*CLASSES, "cross"], residual=False)).float()
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "backbone.", "encoder.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "backbone.", "encoder.", "_orig_mod.module."])
 def test_a_released_classifier_gives_the_released_models_logits(tmp_path, prefix):
     source = released_classifier()
     torch.save({"model": {prefix + key: value for key, value in source.state_dict().items()}}, tmp_path / "s4d.pt")
@@ -177,6 +178,22 @@ def test_a_released_classifier_gives_the_released_models_logits(tmp_path, prefix
         torch.testing.assert_close(loaded(x), torch.stack(expected), rtol=1e-5, atol=1e-5)  # fp32 position table
 
 
+def test_a_released_classifier_is_evaluated_in_the_catalogues_label_order(monkeypatch, tmp_path, faces, capsys):
+    torch.save({"model": S4D("tiny", range(7), range(7), residual=False).state_dict()}, tmp_path / "s4d.pt")
+    arguments = ["--checkpoint", tmp_path / "s4d.pt", "--data-root", faces, "--workers", 0]
+    in_this_process(monkeypatch, evaluate, [*arguments, "--dataset", "synthetic"])
+    assert "synthetic, fold 1: 7 test samples" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="give --dataset"):
+        in_this_process(monkeypatch, evaluate, arguments)
+
+
+def test_a_fine_tuned_file_does_not_start_a_model_of_another_function(tmp_path):
+    torch.save({"model": released_classifier().state_dict()}, tmp_path / "s4d.pt")
+    with pytest.raises(CheckpointError, match="residual = False"):
+        load_encoder(S4D("tiny", CLASSES, [*CLASSES, "cross"]), tmp_path / "s4d.pt")
+    load_encoder(S4D("tiny", CLASSES, [*CLASSES, "cross"], residual=False), tmp_path / "s4d.pt")
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_released_stage_1_files_start_stage_2(tmp_path, prefix):
     source = MaskedAutoencoder("tiny")
@@ -186,6 +203,14 @@ def test_released_stage_1_files_start_stage_2(tmp_path, prefix):
     s4d = S4D("tiny", CLASSES, CLASSES)
     load_encoder(s4d, tmp_path / "pre.pt")
     assert torch.equal(s4d.blocks[2].attn.qkv.weight, source.encoder.blocks[2].attn.qkv.weight)
+
+
+def test_an_encoder_alone_starts_stage_2(tmp_path):
+    source = MaskedAutoencoder("tiny").encoder
+    torch.save({"model": {f"encoder.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "vit.pt")
+    s4d = S4D("tiny", CLASSES, CLASSES)
+    load_encoder(s4d, tmp_path / "vit.pt")
+    assert torch.equal(s4d.blocks[2].attn.qkv.weight, source.blocks[2].attn.qkv.weight)
 
 
 def test_released_files_that_do_not_fit_name_keys_and_shapes(tmp_path):
