@@ -30,7 +30,11 @@ TINY = dict(epochs=14, batch_size=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9,
 
 def settings() -> argparse.ArgumentParser:
     """Every setting of stage 2; the defaults are the paper's (Section IV-B)."""
-    p = common_settings(__doc__, TINY)
+    p = common_settings(__doc__, TINY, "Table V: ViT --image-dataset none --moae-layers none; ViT-MTL --moae-layers "
+                        "none; S4D (the default); ViT-MoE --expert ffn. Table IV, 1: --pretrained none. Tables VI, VII: "
+                        "images only --dataset none; clips only --image-dataset none; VideoMAE is ViT with a stage 1 "
+                        "of videos only. Table VIII: --moae-layers early, middle, later, alternate. Fig. 3: --experts, "
+                        "--moae-layers 8,9,10,11, --image-share.")
     p.add_argument("--dataset", default="dfew", choices=["none", *names("video", labelled=True)],
                    help="labelled clips, or none")
     p.add_argument("--image-dataset", choices=["none", *names("image", labelled=True)],

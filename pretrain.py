@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,9 @@ TINY = dict(epochs=20, batch_size=16, lr=0.024)
 
 def settings() -> argparse.ArgumentParser:
     """Every setting of stage 1; the defaults are the paper's (Section IV-B)."""
-    p = common_settings(__doc__, TINY)
+    p = common_settings(__doc__, TINY, "Table IV: images only --dataset none --image-mask-ratio 0.75; videos only "
+                        "--image-dataset none --video-mask-ratio 0.9; both (the default); videos and their frames "
+                        "--image-dataset frames --image-share 0.263. Fig. 3c: --image-share.")
     p.add_argument("--dataset", default="voxceleb2", choices=["none", *names("video")], help="videos, or none")
     p.add_argument("--image-dataset", choices=["none", "frames", *names("image")],
                    help="images; frames = one of each video; or none (affectnet-8, or synthetic-images)")
@@ -49,11 +52,12 @@ def settings() -> argparse.ArgumentParser:
     return p
 
 
-def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
+def common_settings(description: str, tiny: dict, systems: str) -> argparse.ArgumentParser:
     """The settings that both stages have under the same names and with the same defaults."""
     changed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in tiny.items())
     p = argparse.ArgumentParser(description=description, formatter_class=Formatter,
-                                epilog=f"with --size tiny the defaults are {changed}")
+                                epilog="\n".join(textwrap.wrap(f"Systems of the paper: {systems}", 110)
+                                                 + [f"With --size tiny the defaults are {changed}"]))
     p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets (layouts: README)")
     p.add_argument("--fold", type=int, default=1, help="cross-validation fold, counted from 1")
     p.add_argument("--size", choices=list(SIZES), help="of the model (base, or tiny on synthetic faces)")

@@ -2,6 +2,7 @@
 
     python tests/readme.py command 1      print the README's first (or second) command
     python tests/readme.py equations      print the table "equation -> file and line" of the code as it is
+    python tests/readme.py lines          correct the line numbers in the README's other tables
 """
 import re
 import sys
@@ -30,5 +31,17 @@ def equations() -> list[str]:
     return [rows[number] for number in sorted(rows)]
 
 
+def with_true_lines(text: str) -> str:
+    """The text with every "[file:line](file#Lline) `code`" pointing at the first line that holds that code."""
+    def true(match):
+        file, code = match["file"], match["code"]
+        number = next(i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1) if code in line)
+        return f"[{file}:{number}]({file}#L{number}) `{code}`"
+    return re.sub(r"\[(?P<file>\w+\.py):\d+\]\(\w+\.py#L\d+\) `(?P<code>[^`]+)`", true, text)
+
+
 if __name__ == "__main__":
-    print(command(int(sys.argv[2])) if sys.argv[1] == "command" else "\n".join(equations()))
+    if sys.argv[1] == "lines":
+        (ROOT / "README.md").write_text(with_true_lines((ROOT / "README.md").read_text()))
+    else:
+        print(command(int(sys.argv[2])) if sys.argv[1] == "command" else "\n".join(equations()))

@@ -112,7 +112,7 @@ def test_gate_statistics_and_balancing_loss_equal_plain_counts():
             counts[i] += int(gates[i] > 0)
             probability[i] += router.topkroute_linear(x).softmax(-1)[i].item() / 72
     expected = 4 * sum(count / 144 * p for count, p in zip(counts, probability))
-    assert float(added) == pytest.approx(0.5 * expected, rel=1e-4)
+    assert added.item() == pytest.approx(0.5 * expected, rel=1e-4)
     summary = joint.gates.summary(argparse.Namespace(world=1))["image"][3]
     assert summary["share"] == pytest.approx([count / 144 for count in counts], abs=1e-4) and sum(counts) == 144
     assert summary["cv"] == pytest.approx(torch.tensor(counts).double().std(unbiased=False).item() / 36, abs=1e-4)

@@ -1,7 +1,7 @@
 """The README's table of equations, its files and its commands are those of the code."""
 import re
 
-from readme import FILES, ROOT, command, equations
+from readme import FILES, ROOT, command, equations, with_true_lines
 
 README = (ROOT / "README.md").read_text()
 
@@ -11,6 +11,10 @@ def test_every_equation_is_tagged_and_the_table_points_at_its_line():
     assert [int(re.match(r"\| \((\d+)\)", row).group(1)) for row in rows] == list(range(1, 14))
     for row in rows:
         assert row in README, "run python tests/readme.py equations"
+
+
+def test_lines_that_the_readme_names_hold_the_code_that_it_quotes():
+    assert README == with_true_lines(README), "run python tests/readme.py lines"
 
 
 def test_the_first_screen_has_the_two_commands():
