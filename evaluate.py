@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import CATALOGUE, DataError, Samples, TestData, ensure_synthetic, load_samples, loader, names, to_float
-from model import S4D, CheckpointError, at_least_fp32, read_checkpoint, rebuild
+from model import S4D, CheckpointError, at_least_fp32, read_checkpoint, rebuild, same_classes
 from pretrain import Formatter, Run, default_workers, guarded, start
 
 
@@ -68,9 +68,7 @@ def metrics(confusion: np.ndarray) -> dict:
 def evaluate(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> dict:
     """Metrics of the samples' own head. DataError if its classes are not those of the data set."""
     source, classes = samples.dataset.modality, list(samples.dataset.classes)
-    if model.architecture[f"{source}_classes"] == [f"class {i}" for i in range(len(classes))]:
-        model.architecture[f"{source}_classes"] = classes   # a released file does not name them: the catalogue's order
-    if model.architecture[f"{source}_classes"] != classes:
+    if not same_classes(model.architecture[f"{source}_classes"], classes):
         raise DataError(f"the checkpoint's {source} head knows {model.architecture[f'{source}_classes']}, but "
                         f"{samples.name} has {classes}")
     if not len(samples):

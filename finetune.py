@@ -20,8 +20,8 @@ from torchvision.transforms import v2
 from data import (DataError, Schedule, Source, TrainingData, ensure_synthetic, hold_out, load_samples, names,
                   to_float)
 from evaluate import evaluate, table
-from model import (S4D, SIZES, CheckpointError, SettingError, at_least_fp32, load_encoder, modality, read_checkpoint,
-                   rebuild)
+from model import (EXPERT_SETTINGS, S4D, SIZES, CheckpointError, SettingError, at_least_fp32, initialise, modality,
+                   read_checkpoint, rebuild)
 from pretrain import Rate, common_settings, decayed, describe, guarded, parse, start, train
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
@@ -31,7 +31,7 @@ TINY = dict(epochs=14, batch_size=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9,
 def settings() -> argparse.ArgumentParser:
     """Every setting of stage 2; the defaults are the paper's (Section IV-B)."""
     p = common_settings(__doc__, TINY, "Table V: ViT --image-dataset none --moae-layers none; ViT-MTL --moae-layers "
-                        "none; S4D (the default); ViT-MoE --expert ffn. Table IV, 1: --pretrained none. Tables VI, VII: "
+                        "none; S4D (the default); ViT-MoE --expert ffn. Table IV, 1: --pretrained none. Table VI: "
                         "images only --dataset none; clips only --image-dataset none; VideoMAE is ViT with a stage 1 "
                         "of videos only. Table VIII: --moae-layers early, middle, later, alternate. Fig. 3: --experts, "
                         "--moae-layers 8,9,10,11, --image-share.")
@@ -94,11 +94,16 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     classes = [sources[name].samples.dataset.classes if name in sources else () for name in ("image", "video")]
-    layers = layers_with_experts(args.moae_layers, SIZES[args.size].depth)
-    model = S4D(args.size, *classes, experts=args.experts, k=args.k, adapter_width=args.adapter_width,
-                moae_layers=layers, sigma=args.sigma, residual=not args.no_residual, expert=args.expert)
-    loaded = "trained from scratch" if args.pretrained == "none" else load_encoder(model, find(args.pretrained))
-    model.to(run.device)
+    experts = dict(experts=args.experts, k=args.k, adapter_width=args.adapter_width, sigma=args.sigma,
+                   moae_layers=layers_with_experts(args.moae_layers, SIZES[args.size].depth),
+                   residual=not args.no_residual, expert=args.expert)
+    given = None if args.pretrained == "none" else read_checkpoint(find(args.pretrained))
+    if given and given["stage"] == "finetune":
+        experts = {name: given["architecture"][name] for name in EXPERT_SETTINGS if name in given["architecture"]}
+    model = S4D(args.size, *classes, **experts).to(run.device)
+    loaded = initialise(model, given, args.pretrained) if given else "trained from scratch"
+    if given and given["stage"] == "finetune":
+        loaded += f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
     lr = args.lr * args.batch_size / 32
     depth = model.size.depth
     optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay,

@@ -387,7 +387,7 @@ class MoAE(nn.Module):
                  sigma: float | None = None, residual: bool = True):
         super().__init__()
         self.router = NoisyTopKGate(width, experts, k, sigma)
-        adapter_width = width // 4 if adapter_width is None else adapter_width
+        adapter_width = width // 4 if adapter_width is None else adapter_width  # r = d / 4, Section III-D
         self.experts = nn.ModuleList(Adapter(width, adapter_width, residual) for _ in range(experts))
         self.residual = residual
 
@@ -421,6 +421,7 @@ class S4D(ViT):
                  experts: int = 8, k: int = 2, adapter_width: int | None = None, moae_layers: list[int] | None = None,
                  sigma: float | None = None, residual: bool = True, expert: str = "adapter"):
         depth, width = SIZES[size].depth, SIZES[size].width
+        adapter_width = width // 4 if adapter_width is None else adapter_width
         if moae_layers is None:
             moae_layers = list(range(depth - depth // 2, depth))
         if any(not 0 <= i < depth for i in moae_layers):
@@ -501,8 +502,7 @@ def released(state: dict[str, torch.Tensor], path) -> dict:
     size = next((name for name, size in SIZES.items() if size.width == len(embedding)), "base")
     if any(key.startswith("decoder.") for key in state) or not any(key.startswith("head.") for key in state):
         return dict(stage="pretrain", architecture={"size": size}, model=state)
-    classes = {name: [f"class {i}" for i in range(len(state.get(f"head.{name}.weight", ())))]
-               for name in ("image", "video")}
+    classes = {name: unnamed(len(state.get(f"head.{name}.weight", ()))) for name in ("image", "video")}
     layers = sorted({int(key.split(".")[1]) for key in state if ".moe_layer." in key})
     gates = [value for key, value in state.items() if key.endswith("topkroute_linear.weight")]
     down = [value for key, value in state.items() if key.endswith("moe_layer.experts.0.fc1.weight")]
@@ -558,21 +558,32 @@ def prefixes(keys: list[str]) -> str:
     return ", ".join(sorted(short)) or "nothing"
 
 
-def load_encoder(model: S4D, path) -> str:
-    """Initialise stage 2 from a checkpoint of stage 1 (Section III-C); returns what load_weights says.
+EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
 
-    New are the experts, the norm of the final representation and the heads; the decoder and stage 1's last norm are
-    dropped. ViT-MoE's experts start as copies of the pre-trained FFN that they replace. A file of stage 2 gives
-    everything that it has, heads included.
+
+def load_encoder(model: S4D, path) -> str:
+    """Initialise stage 2 from a checkpoint file; returns what load_weights says."""
+    return initialise(model, read_checkpoint(path), path)
+
+
+def initialise(model: S4D, checkpoint: dict, path) -> str:
+    """load_encoder of a file that has been read (Section III-C).
+
+    From stage 1, the experts, the norm of the final representation and the heads are new, and the decoder and stage 1's
+    last norm are dropped; ViT-MoE's experts start as copies of the pre-trained FFN that they replace. From stage 2, all
+    is taken, but for heads of other classes; its experts must be the model's.
     """
-    checkpoint = read_checkpoint(path)
-    if checkpoint["stage"] == "finetune":
-        for name in ("residual", "k", "sigma", "expert"):   # what keys and shapes do not tell
-            theirs, ours = checkpoint["architecture"].get(name), model.architecture[name]
-            if name in checkpoint["architecture"] and theirs != ours:
-                raise CheckpointError(f"{path} was fine-tuned with {name} = {theirs}, this model has {ours}")
-        return load_weights(model, checkpoint["model"], path)
     state = {key.removeprefix("encoder."): value for key, value in checkpoint["model"].items()}
+    if checkpoint["stage"] == "finetune":
+        theirs = S4D(**checkpoint["architecture"]).architecture
+        for name in EXPERT_SETTINGS:        # keys and shapes do not tell them all
+            if theirs[name] != model.architecture[name]:
+                raise CheckpointError(f"{path} was fine-tuned with {name} = {theirs[name]}, this model has "
+                                      f"{model.architecture[name]}")
+        for source in ("image", "video"):
+            if not same_classes(theirs[f"{source}_classes"], model.architecture[f"{source}_classes"]):
+                state = {key: value for key, value in state.items() if not key.startswith(f"head.{source}.")}
+        return load_weights(model, state, path, new=("head.",), dropped=("head.",))
     for i, block in enumerate(model.blocks):
         if block.mlp is None:
             for key in [key for key in state if key.startswith(f"blocks.{i}.mlp.")]:
@@ -581,6 +592,15 @@ def load_encoder(model: S4D, path) -> str:
                           for j in range(len(block.moe_layer.experts))}
     return load_weights(model, state, path, new=("moe_layer.", "fc_norm.", "head."),
                         dropped=("norm.", "decoder.", "encoder_to_decoder.", "mask_token"))
+
+
+def same_classes(theirs: list[str], ours: list[str]) -> bool:
+    """Whether a head's classes are ours; a released file does not name its own, so that their number must do."""
+    return theirs == ours or theirs == unnamed(len(ours))
+
+
+def unnamed(count: int) -> list[str]:
+    return [f"class {i}" for i in range(count)]
 
 
 # -------------------------------------------------------------------------------------- tables that need no data
@@ -634,9 +654,8 @@ def main() -> None:
         return
     print("Table V, parameters in millions, test / train     paper        recounted")
     for name, paper, settings in TABLE_5:
-        classes = [f"class {i}" for i in range(7)]
         with torch.device("meta"):
-            model = S4D("base", **(dict(image_classes=classes, video_classes=classes) | settings))
+            model = S4D("base", **(dict(image_classes=unnamed(7), video_classes=unnamed(7)) | settings))
         print("{:50}{:13}{:.2f} / {:.2f}".format(name, paper, *parameters(model)))
     print("\nTable IV, cost of 100 epochs in 10^12 multiply-accumulates of the forward pass (the paper's \"TFLOPs\")\n"
           f"{'':12}{'masked at':22}{'paper':>9}{'all patches embedded':>22}{'visible ones only (ours)':>26}")

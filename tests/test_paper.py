@@ -194,6 +194,18 @@ def test_a_fine_tuned_file_does_not_start_a_model_of_another_function(tmp_path):
     load_encoder(S4D("tiny", CLASSES, [*CLASSES, "cross"], residual=False), tmp_path / "s4d.pt")
 
 
+def test_a_fine_tuned_file_starts_another_fine_tuning_without_a_flag(monkeypatch, tmp_path, faces, capsys):
+    """With the file's experts; its image head fits and its video head, of three classes, does not."""
+    source = S4D("tiny", range(7), CLASSES, experts=4, residual=False, moae_layers=[3])
+    torch.save({"model": source.state_dict()}, tmp_path / "s4d.pt")
+    in_this_process(monkeypatch, finetune, ["--dataset", "synthetic", "--data-root", faces, "--workers", 0, "--epochs", 1,
+                                            "--pretrained", tmp_path / "s4d.pt", "--output", tmp_path / "run"])
+    architecture = torch.load(tmp_path / "run/last.pt", weights_only=True)["architecture"]
+    assert architecture["experts"] == 4 and architecture["residual"] is False and architecture["moae_layers"] == [3]
+    said = capsys.readouterr().out
+    assert "made new: head\n" in said and "experts as in that file" in said
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_released_stage_1_files_start_stage_2(tmp_path, prefix):
     source = MaskedAutoencoder("tiny")
