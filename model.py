@@ -561,13 +561,8 @@ def prefixes(keys: list[str]) -> str:
 EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
 
 
-def load_encoder(model: S4D, path) -> str:
-    """Initialise stage 2 from a checkpoint file; returns what load_weights says."""
-    return initialise(model, read_checkpoint(path), path)
-
-
 def initialise(model: S4D, checkpoint: dict, path) -> str:
-    """load_encoder of a file that has been read (Section III-C).
+    """Initialise stage 2 from a checkpoint that has been read (Section III-C); returns what load_weights says.
 
     From stage 1, the experts, the norm of the final representation and the heads are new, and the decoder and stage 1's
     last norm are dropped; ViT-MoE's experts start as copies of the pre-trained FFN that they replace. From stage 2, all

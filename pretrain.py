@@ -61,8 +61,8 @@ def common_settings(description: str, tiny: dict, systems: str) -> argparse.Argu
     p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets (layouts: README)")
     p.add_argument("--fold", type=int, default=1, help="cross-validation fold, counted from 1")
     p.add_argument("--size", choices=list(SIZES), help="of the model (base, or tiny on synthetic faces)")
-    p.add_argument("--micro-batch", type=int, help="samples that one process computes at once; a batch is gathered "
-                   "from as many as it takes (half a batch, as on the paper's two GPUs)")
+    p.add_argument("--micro-batch", type=int, help="samples (in stage 2 clips, and images in proportion) that one "
+                   "process computes at once; a batch is gathered from as many as it takes (half a batch, as on two GPUs)")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--workers", type=int, default=default_workers(), help="loading processes per process")
     p.add_argument("--output", type=Path, help="the run's folder (runs/..., named after the data)")
@@ -89,7 +89,7 @@ def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None)
     if (args.size or p.get_default("size")) == "tiny":
         p.set_defaults(**tiny)
     args = p.parse_args(argv)
-    for names_, fits, expected in (
+    for options, fits, expected in (
             (("epochs", "batch_size", "micro_batch", "repeats", "image_batch_size", "experts", "k", "adapter_width"),
              lambda value: value >= 1, "1 or more"),
             (("workers", "lr", "seed", "weight_decay", "warmup_epochs", "layer_decay", "balance", "sigma"),
@@ -98,7 +98,7 @@ def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None)
              lambda value: 0 <= value < 1, "0 to below 1"),
             (("mixing", "warmup"), lambda value: 0 <= value <= 1, "0 to 1"),
             (("image_share",), lambda value: value > 0, "more than 0 (--image-dataset none leaves images out)")):
-        for name in names_:
+        for name in options:
             value = getattr(args, name, None)
             if value is not None and not fits(value):
                 p.error(f"--{name.replace('_', '-')} {value}: expected {expected}")
@@ -164,8 +164,8 @@ class ReconstructionLoss(nn.Module):
 
 # ------------------------------------------------------------------------------------------- the loop of both stages
 
-def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_of_epoch=lambda epoch: {}) -> dict:
-    """Train `model` through `module`, which maps (x uint8, labels) to a scalar loss; returns the run's progress.
+def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_of_epoch=lambda epoch: {}) -> None:
+    """Train `model` through `module`, which maps (x uint8, labels) to a scalar loss.
 
     After every epoch, end_of_epoch(epoch) gives scores; a JSON line goes to log.jsonl and a checkpoint to last.pt.
     """
@@ -173,9 +173,9 @@ def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_
     schedule.start = progress["epoch"], 0
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
     wrapped = DistributedDataParallel(module, broadcast_buffers=False) if run.world > 1 else module
-    total, per_epoch = rate.steps, rate.steps // args.epochs
+    per_epoch = rate.steps // args.epochs
     unreadable = Unreadable(data.sources)
-    bar = tqdm(total=total, initial=progress["epoch"] * per_epoch, disable=not run.main, unit="step",
+    bar = tqdm(total=rate.steps, initial=progress["epoch"] * per_epoch, disable=not run.main, unit="step",
                desc=f"{stage} epoch {progress['epoch'] + 1}/{args.epochs}")
     for epoch in range(progress["epoch"], args.epochs):
         bar.set_description(f"{stage} epoch {epoch + 1}/{args.epochs}")
@@ -199,7 +199,6 @@ def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_
         if run.main:
             save(args, stage, model, optimizer, progress, record)
     bar.close()
-    return progress
 
 
 def optimise(run, wrapped, batches, optimizer, unreadable, step: int) -> tuple[str, float, float]:

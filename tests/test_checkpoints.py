@@ -7,7 +7,7 @@ import torch
 
 from data import DataError
 from evaluate import confusion_matrix, metrics, table
-from model import CheckpointError, MaskedAutoencoder, S4D, load_checkpoint, load_encoder, load_weights
+from model import CheckpointError, MaskedAutoencoder, S4D, initialise, load_checkpoint, load_weights, read_checkpoint
 from pretrain import Rate, decayed, write
 
 CLASSES = ["calm", "glad", "sad"]
@@ -21,7 +21,7 @@ def test_stage_2_takes_the_encoder_and_says_what_is_new(tmp_path):
     stage1 = MaskedAutoencoder("tiny")
     save(tmp_path / "1.pt", stage1, "pretrain")
     model = S4D("tiny", CLASSES, CLASSES)
-    said = load_encoder(model, tmp_path / "1.pt")
+    said = initialise(model, read_checkpoint(tmp_path / "1.pt"), tmp_path / "1.pt")
     assert torch.equal(model.blocks[3].mlp.fc1.weight, stage1.encoder.blocks[3].mlp.fc1.weight)
     assert torch.equal(model.patch_embed.proj.weight, stage1.encoder.patch_embed.proj.weight)
     assert "made new: blocks.*.moe_layer, fc_norm, head\n" in said
@@ -36,7 +36,7 @@ def test_keys_that_no_stage_makes_or_drops_are_errors(tmp_path):
                           (state | {"encoder.patch_embed.proj.weight": torch.zeros(128, 3, 2, 16, 16)}, "16, 16")):
         write(tmp_path / "1.pt", dict(stage="pretrain", architecture=stage1.architecture, model=broken))
         with pytest.raises(CheckpointError, match=named):
-            load_encoder(S4D("tiny", CLASSES, CLASSES), tmp_path / "1.pt")
+            initialise(S4D("tiny", CLASSES, CLASSES), read_checkpoint(tmp_path / "1.pt"), tmp_path / "1.pt")
         with pytest.raises(CheckpointError, match=named):
             load_checkpoint(tmp_path / "1.pt")
 

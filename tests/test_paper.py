@@ -13,7 +13,7 @@ import finetune
 import model
 import pretrain
 from evaluate import predict
-from model import CheckpointError, MaskedAutoencoder, MoE, S4D, load_checkpoint, load_encoder
+from model import CheckpointError, MaskedAutoencoder, MoE, S4D, initialise, load_checkpoint, read_checkpoint
 
 CLASSES = ["calm", "glad", "sad"]
 
@@ -80,7 +80,7 @@ def test_vit_moe_is_equation_7_over_ffns_and_starts_as_the_pretrained_ffn(stage1
         expected = sum(gates[i] * linear(e.fc2, gelu(linear(e.fc1, token))) for i, e in enumerate(moe.experts))
         torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-9)
     vit_moe = S4D("tiny", CLASSES, CLASSES, expert="ffn")
-    load_encoder(vit_moe, stage1)
+    initialise(vit_moe, read_checkpoint(stage1), stage1)
     ffn = torch.load(stage1, weights_only=True)["model"]["encoder.blocks.3.mlp.fc1.weight"]
     assert all(torch.equal(expert.fc1.weight, ffn) for expert in vit_moe.blocks[3].moe_layer.experts)
 
@@ -190,8 +190,9 @@ def test_a_released_classifier_is_evaluated_in_the_catalogues_label_order(monkey
 def test_a_fine_tuned_file_does_not_start_a_model_of_another_function(tmp_path):
     torch.save({"model": released_classifier().state_dict()}, tmp_path / "s4d.pt")
     with pytest.raises(CheckpointError, match="residual = False"):
-        load_encoder(S4D("tiny", CLASSES, [*CLASSES, "cross"]), tmp_path / "s4d.pt")
-    load_encoder(S4D("tiny", CLASSES, [*CLASSES, "cross"], residual=False), tmp_path / "s4d.pt")
+        initialise(S4D("tiny", CLASSES, [*CLASSES, "cross"]), read_checkpoint(tmp_path / "s4d.pt"), "s4d.pt")
+    fitting = S4D("tiny", CLASSES, [*CLASSES, "cross"], residual=False)
+    initialise(fitting, read_checkpoint(tmp_path / "s4d.pt"), "s4d.pt")
 
 
 def test_a_fine_tuned_file_starts_another_fine_tuning_without_a_flag(monkeypatch, tmp_path, faces, capsys):
@@ -213,7 +214,7 @@ def test_released_stage_1_files_start_stage_2(tmp_path, prefix):
                tmp_path / "pre.pt")
     assert isinstance(load_checkpoint(tmp_path / "pre.pt"), MaskedAutoencoder)
     s4d = S4D("tiny", CLASSES, CLASSES)
-    load_encoder(s4d, tmp_path / "pre.pt")
+    initialise(s4d, read_checkpoint(tmp_path / "pre.pt"), tmp_path / "pre.pt")
     assert torch.equal(s4d.blocks[2].attn.qkv.weight, source.encoder.blocks[2].attn.qkv.weight)
 
 
@@ -221,7 +222,7 @@ def test_an_encoder_alone_starts_stage_2(tmp_path):
     source = MaskedAutoencoder("tiny").encoder
     torch.save({"model": {f"encoder.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "vit.pt")
     s4d = S4D("tiny", CLASSES, CLASSES)
-    load_encoder(s4d, tmp_path / "vit.pt")
+    initialise(s4d, read_checkpoint(tmp_path / "vit.pt"), tmp_path / "vit.pt")
     assert torch.equal(s4d.blocks[2].attn.qkv.weight, source.blocks[2].attn.qkv.weight)
 
 
