@@ -62,7 +62,7 @@ def common_settings(description: str, tiny: dict, systems: str) -> argparse.Argu
     p.add_argument("--fold", type=int, default=1, help="cross-validation fold, counted from 1")
     p.add_argument("--size", choices=list(SIZES), help="of the model (base, or tiny on synthetic faces)")
     p.add_argument("--micro-batch", type=int, help="samples (in stage 2 clips, and images in proportion) that one "
-                   "process computes at once; a batch is gathered from as many as it takes (half a batch, as on two GPUs)")
+                   "process computes at once; a batch is gathered from as many as it takes (half a batch)")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--workers", type=int, default=default_workers(), help="loading processes per process")
     p.add_argument("--output", type=Path, help="the run's folder (runs/..., named after the data)")
