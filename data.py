@@ -10,6 +10,7 @@ micro-batches of one source each. The second half draws the synthetic faces that
 B batch    T frames of a clip    H x W pixels    n frames of a whole video    v views of one sample
 """
 import argparse
+import hashlib
 import multiprocessing
 import os
 import re
@@ -25,8 +26,9 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms import v2
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from model import IMAGE_MEAN, IMAGE_STD, Size
@@ -99,6 +101,13 @@ CATALOGUE = {
 }
 
 
+def catalogue(name: str) -> DataSet:
+    """The data set of that name. DataError if there is none."""
+    if name not in CATALOGUE:
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}")
+    return CATALOGUE[name]
+
+
 def names(modality: str, labelled: bool = False) -> list[str]:
     """The catalogue's data sets of a modality; `labelled`: only those with classes."""
     return [name for name, entry in CATALOGUE.items() if entry.modality == modality and (entry.classes or not labelled)]
@@ -108,17 +117,13 @@ def names(modality: str, labelled: bool = False) -> list[str]:
 class Samples:
     """The samples of one split. Names are bytes in one numpy array: loading processes then share their memory."""
     name: str                               # of the data set
+    dataset: DataSet
     root: Path                              # folder that the names are relative to
     names: np.ndarray                       # (n,) bytes: image files, video files or folders of frames
     labels: np.ndarray                      # (n,) int64, -1 where there are none
     stride: int
     notes: tuple[str, ...] = ()             # what was recognised, to be printed
     frames_as_images: bool = False          # one random frame of each video stands for an image (Table IV, row 5)
-
-    @property
-    def dataset(self) -> DataSet:
-        entry = CATALOGUE[self.name]
-        return replace(entry, modality="image") if self.frames_as_images else entry
 
     def __len__(self) -> int:
         return len(self.names)
@@ -131,6 +136,16 @@ class Samples:
 
     def counts(self) -> list[int]:
         return np.bincount(self.labels, minlength=len(self.dataset.classes)).tolist()
+
+    def digests(self) -> np.ndarray:
+        """(n,) int64, sorted: a hash of each name, by which a checkpoint remembers what it was trained on."""
+        hashes = [hashlib.blake2b(bytes(name), digest_size=8).digest() for name in self.names]
+        return np.sort(np.frombuffer(b"".join(hashes), np.int64))
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of all names and labels in their order: the same data give the same ones."""
+        text = b"\n".join(b"%s,%d" % pair for pair in zip(self.names.tolist(), self.labels.tolist()))
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def read_split(path: Path) -> tuple[list[str], np.ndarray]:
@@ -197,9 +212,7 @@ def locate(root: Path, names: list[str], modality: str, split: Path) -> list[str
 
 def load_samples(name: str, data_root: Path, split: str, fold: int = 1) -> Samples:
     """All samples of a data set's "train" or "test" split. DataError if anything that it needs is missing or odd."""
-    if name not in CATALOGUE:
-        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}")
-    dataset, data_root = CATALOGUE[name], Path(data_root)
+    dataset, data_root = catalogue(name), Path(data_root)
     if not 1 <= fold <= dataset.folds:
         raise DataError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
     root, stride = next(((data_root / path, stride) for path, stride in dataset.media
@@ -210,7 +223,7 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1) -> Sampl
         names = sorted(str(path.relative_to(root)) for path in root.glob(dataset.pattern))
         if not names:
             raise DataError(missing_message(name, data_root, fold, f"no file {dataset.pattern} in {root}"))
-        return Samples(name, root, np.array([os.fsencode(n) for n in names]), np.full(len(names), -1), stride)
+        return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), np.full(len(names), -1), stride)
 
     path = data_root / getattr(dataset, split).format(fold=fold)
     if not path.is_file():
@@ -223,11 +236,11 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1) -> Sampl
     notes = [note]
     if root != data_root / dataset.media[0][0]:
         notes.append(f"{root}: 16 frames sampled by the data set's authors, so stride {stride}")
-    return Samples(name, root, np.array([os.fsencode(n) for n in names]), labels, stride, tuple(notes))
+    return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), labels, stride, tuple(notes))
 
 
 def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
-    dataset = CATALOGUE[name]
+    dataset = catalogue(name)
     wanted = [f"  {data_root / path}/{dataset.pattern}" for path, _ in dataset.media]
     wanted += [f"  {data_root / path.format(fold=fold)}" for path in (dataset.train, dataset.test) if path]
     return "\n".join([f"data set {name} not found: {reason}. Looked below --data-root {data_root} for", *wanted,
@@ -533,6 +546,31 @@ def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
         raise DataError(f"--validation {share} of the {len(samples)} samples of {samples.name} leaves none to "
                         f"{'train on' if held.all() else 'hold out'}")
     return samples.subset(~held), samples.subset(held)
+
+
+# -------------------------------------------------------------------------------------------------- contact sheets
+
+FONT = ImageFont.load_default(13)
+
+
+def contact_sheet(rows: list[tuple[str, torch.Tensor]], least_height: int = 96) -> Image.Image:
+    """Rows of pictures with a caption at the left of each.
+
+    rows: (caption, uint8 (n, 3, h, w)), all of one h and w. Small pictures are enlarged by a whole number until they
+    are at least `least_height` high, without smoothing: what a model sees is shown pixel by pixel.
+    """
+    enlarge = -(-least_height // rows[0][1].shape[-2])
+    grids = [make_grid(pictures.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2), len(pictures),
+                       padding=2, pad_value=255) for _, pictures in rows]
+    margin = 10 + max(int(FONT.getlength(line)) for caption, _ in rows for line in caption.split("\n"))
+    sheet = Image.new("RGB", (margin + max(grid.shape[2] for grid in grids), sum(grid.shape[1] for grid in grids)),
+                      "white")
+    top = 0
+    for (caption, _), grid in zip(rows, grids):
+        sheet.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (margin, top))
+        ImageDraw.Draw(sheet).text((5, top + grid.shape[1] // 2), caption, "black", FONT, anchor="lm")
+        top += grid.shape[1]
+    return sheet
 
 
 # ------------------------------------------------------------------------------------------------- synthetic faces

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import CATALOGUE, DataError, Samples, TestData, ensure_synthetic, load_samples, loader, names, to_float
+from data import DataError, Samples, TestData, catalogue, ensure_synthetic, load_samples, loader, names, to_float
 from model import S4D, CheckpointError, at_least_fp32, read_checkpoint, rebuild, same_classes
 from pretrain import Formatter, Run, default_workers, guarded, start
 
@@ -124,12 +124,12 @@ def main() -> None:
     ensure_synthetic(datasets, args.data_root, run)
     results = {}
     for name in datasets:
-        fold = args.fold if args.fold is not None else trained.get("fold", 1) if CATALOGUE[name].folds > 1 else 1
+        fold = args.fold if args.fold is not None else trained.get("fold", 1) if catalogue(name).folds > 1 else 1
         samples = load_samples(name, args.data_root, "test", fold)
         scores = evaluate(model, samples, run, args.workers, args.batch_size)
         results[name] = dict(scores, fold=fold, samples=len(samples))
         if run.main:
-            folds = f", fold {fold}" if CATALOGUE[name].folds > 1 else ""
+            folds = f", fold {fold}" if catalogue(name).folds > 1 else ""
             epoch = f" after epoch {checkpoint['progress']['epoch']}" if "progress" in checkpoint else ""
             print(f"\n{name}{folds}: {len(samples)} test samples, {args.checkpoint}{epoch}\n"
                   f"{table(scores, samples.dataset.classes)}")

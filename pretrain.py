@@ -144,7 +144,9 @@ def load_sources(args, run) -> dict[str, Source]:
                                   micro, repeats=args.repeats)
     if args.images != "none":
         name, fold = (args.videos, args.fold) if args.images == "frames" else (args.images, 1)
-        samples = replace(load_samples(name, args.data_root, "train", fold), frames_as_images=args.images == "frames")
+        samples = load_samples(name, args.data_root, "train", fold)
+        if args.images == "frames":
+            samples = replace(samples, dataset=replace(samples.dataset, modality="image"), frames_as_images=True)
         sources["image"] = Source(samples, args.batch_size, micro, share=args.image_share)
     return sources
 

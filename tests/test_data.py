@@ -189,7 +189,7 @@ def test_a_video_gives_exactly_the_frames_asked_for_in_that_order(tmp_path, suff
     assert clip.dtype == torch.uint8 and clip.shape == (7, 3, 32, 32)
     assert (clip[:, :, 24, 24] - torch.tensor([200.0, 40, 60])).abs().max() < 20
     assert numbers_of(read_clip(path, range)) == list(range(40))
-    samples = Samples("dfew", tmp_path, np.array([path.name.encode()]), np.array([3]), stride=1)
+    samples = Samples("dfew", CATALOGUE["dfew"], tmp_path, np.array([path.name.encode()]), np.array([3]), stride=1)
     _, views, label = data.TestData(samples, SMALL)[0]  # as evaluation sees it
     assert label == 3 and [numbers_of(view) for view in views] == [list(range(16)), list(range(24, 40))]
 
@@ -360,7 +360,7 @@ def test_to_float_normalises_as_imagenet_and_puts_channels_first():
 
 def made_up(name: str, labels: list[int]) -> Samples:
     names = np.array([f"{i:05d}".encode() for i in range(len(labels))])
-    return Samples(name, Path("nowhere"), names, np.array(labels), 1)
+    return Samples(name, CATALOGUE[name], Path("nowhere"), names, np.array(labels), 1)
 
 
 def joint_sources() -> dict[str, Source]:
