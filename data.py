@@ -15,7 +15,9 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,6 +125,7 @@ class Samples:
     labels: np.ndarray                      # (n,) int64, -1 where there are none
     stride: int
     notes: tuple[str, ...] = ()             # what was recognised, to be printed
+    fold: int = 1
     frames_as_images: bool = False          # one random frame of each video stands for an image (Table IV, row 5)
 
     def __len__(self) -> int:
@@ -136,6 +139,11 @@ class Samples:
 
     def counts(self) -> list[int]:
         return np.bincount(self.labels, minlength=len(self.dataset.classes)).tolist()
+
+    def identity(self, digests: bool = False) -> dict:
+        """What a checkpoint says of the data that it was trained or tested on."""
+        names = {"digests": torch.from_numpy(self.digests())} if digests else {}
+        return dict(name=self.name, fold=self.fold, samples=len(self), fingerprint=self.fingerprint(), **names)
 
     def digests(self) -> np.ndarray:
         """(n,) int64, sorted: a hash of each name, by which a checkpoint remembers what it was trained on."""
@@ -236,7 +244,7 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1) -> Sampl
     notes = [note]
     if root != data_root / dataset.media[0][0]:
         notes.append(f"{root}: 16 frames sampled by the data set's authors, so stride {stride}")
-    return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), labels, stride, tuple(notes))
+    return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), labels, stride, tuple(notes), fold)
 
 
 def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
@@ -532,7 +540,21 @@ class TestData(torch.utils.data.Dataset):
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
     """A DataLoader whose workers prefetch, without copies where there is no GPU."""
     return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                                       prefetch_factor=4 if workers else None, **options)
+                                       prefetch_factor=4 if workers else None, worker_init_fn=outlast_signals,
+                                       **options)
+
+
+def outlast_signals(worker: int) -> None:
+    """A signal to all processes at once is the training process's to handle, which still needs its batches: a loading
+    process ends at its parent's SIGTERM only."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):      # not on macOS
+        def watch():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+                pass
+            os._exit(0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
@@ -22,7 +21,7 @@ from data import (DataError, Schedule, Source, TrainingData, ensure_synthetic, h
 from evaluate import evaluate, table
 from model import (EXPERT_SETTINGS, S4D, SIZES, CheckpointError, SettingError, at_least_fp32, initialise, modality,
                    read_checkpoint, rebuild)
-from pretrain import Rate, common_settings, decayed, describe, guarded, parse, start, train
+from pretrain import Rate, RunFolder, common_settings, decayed, describe, guarded, parse, start, train
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
 TINY = dict(epochs=14, batch_size=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9, augment="light", mixing=0.0)
@@ -91,19 +90,26 @@ def main() -> None:
     args.output = args.output or Path("runs") / args.dataset / f"fold{args.fold}"
     args.pretrained = args.pretrained or f"runs/pretrain-{'synthetic' if synthetic else 'voxceleb2'}/last.pt"
     sources, validation, test = load_sources(args, run)
+    folder = RunFolder(args, "finetune", sources, validation or test)
 
     torch.manual_seed(args.seed)
     classes = [sources[name].samples.dataset.classes if name in sources else () for name in ("image", "video")]
     experts = dict(experts=args.experts, k=args.k, adapter_width=args.adapter_width, sigma=args.sigma,
                    moae_layers=layers_with_experts(args.moae_layers, SIZES[args.size].depth),
                    residual=not args.no_residual, expert=args.expert)
-    given = None if args.pretrained == "none" else read_checkpoint(find(args.pretrained))
+    given = folder.saved                    # a run that goes on no longer needs the file that it started from
+    if given is None and args.pretrained != "none":
+        given = read_checkpoint(find(args.pretrained))
     if given and given["stage"] == "finetune":
         experts = {name: given["architecture"][name] for name in EXPERT_SETTINGS if name in given["architecture"]}
     model = S4D(args.size, *classes, **experts).to(run.device)
-    loaded = initialise(model, given, args.pretrained) if given else "trained from scratch"
-    if given and given["stage"] == "finetune":
-        loaded += f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
+    loaded = "trained from scratch"
+    if folder.saved:
+        loaded = f"to be continued from {args.output}"
+    elif given:
+        loaded = initialise(model, given, args.pretrained)
+        if given["stage"] == "finetune":
+            loaded += f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
     lr = args.lr * args.batch_size / 32
     depth = model.size.depth
     optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay,
@@ -120,8 +126,8 @@ def main() -> None:
                 "validation" if validation else "test": scores, "gates": module.gates.summary(run)}
 
     module = JointLoss(model, args.mixing, args.label_smoothing, args.balance)
-    train(run, args, "finetune", model, module, optimizer, rate, schedule,
-          TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
+    train(run, args, folder, model, module, optimizer, rate, schedule,
+          TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch, module.gates.counts)
     report(run, args, test, "held-out training data" if validation else "the test fold itself")
 
 
@@ -164,7 +170,7 @@ class JointLoss(nn.Module):
                                            v2.CutMix(alpha=1.0, num_classes=head.out_features)])
                     for name, head in model.head.items()}
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         x = to_float(x)
         source = modality(x)
         if torch.rand(()) < self.mixing:
@@ -178,8 +184,8 @@ class JointLoss(nn.Module):
         total = (1 - alpha) * loss.get("image", 0) + alpha * loss.get("video", 0)
         if self.balance:
             total = total + self.balance * self.gates.balancing_loss()
-        self.gates.count(source)
-        return total
+        self.gates.count(source, weight)
+        return weight * total
 
 
 class Gates:
@@ -189,7 +195,10 @@ class Gates:
         self.routers = {i: block.moe_layer.router for i, block in enumerate(model.blocks)
                         if block.moe_layer is not None}
         self.last = {}                      # layer: the latest batch's (tokens' features, gates)
-        self.counts = {}                    # modality: (layers, n) tokens that each expert received
+        experts = model.architecture["experts"]
+        self.counts = {source: torch.zeros(len(self.routers), experts, dtype=torch.float64,
+                                           device=model.positions.device)
+                       for source in model.head if self.routers}  # modality: (layers, n) tokens an expert received
         for i, router in self.routers.items():
             router.register_forward_hook(partial(self.watch, i))
 
@@ -197,12 +206,11 @@ class Gates:
         if router.training:
             self.last[layer] = inputs[0], gates
 
-    def count(self, source: str) -> None:
-        """Add the latest batch to the counts, and let go of it."""
-        if self.last:
-            chosen = torch.stack([(gates > 0).flatten(0, 1).sum(0) for _, gates in self.last.values()]).double()
-            self.counts[source] = self.counts.get(source, 0) + chosen
-            self.last.clear()
+    def count(self, source: str, weight: float) -> None:
+        """Add the latest batch to the counts, unless a process without one of its own repeats it, and let go of it."""
+        if self.last and weight:
+            self.counts[source] += torch.stack([(gates > 0).flatten(0, 1).sum(0) for _, gates in self.last.values()])
+        self.last.clear()
 
     def balancing_loss(self) -> torch.Tensor:
         """n sum_i f_i P_i of Switch Transformer, mean over layers: f_i the share of assignments that expert i got, P_i
@@ -216,17 +224,17 @@ class Gates:
 
     def summary(self, run) -> dict:
         """Per modality and layer since the last call: each expert's share of assignments, and the coefficient of
-        variation of these shares (0 = even). A process without a micro-batch, which repeats one, counts it again."""
+        variation of these shares (0 = even)."""
         result = {}
         for source in sorted(self.counts):
-            counts = self.counts[source]
-            if run.world > 1:
-                dist.all_reduce(counts)
+            counts = run.sum(self.counts[source])
+            if not counts.any():
+                continue
             share = counts / counts.sum(1, keepdim=True)
             variation = share.std(1, unbiased=False) / share.mean(1)
             result[source] = {layer: dict(share=[round(value, 4) for value in row], cv=round(cv, 4)) for layer, row, cv
                               in zip(self.routers, share.tolist(), variation.tolist())}
-        self.counts = {}
+            counts.zero_()
         return result
 
 

@@ -12,6 +12,8 @@ n experts             k experts per token       r adapter width
 import argparse
 import pickle
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -464,9 +466,17 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message names the file, the keys and the shapes."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint file that is not whole."""
+
+
 def read_checkpoint(path) -> dict:
     """The plain dict in a checkpoint file: tensors, numbers and text only, so that loading runs no code of the file."""
     try:
+        if zipfile.is_zipfile(path):        # torch does not look at the checksums: a wrong bit would load as a weight
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise DamagedError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}") from error
@@ -475,8 +485,9 @@ def read_checkpoint(path) -> dict:
             f"{path} is no checkpoint of plain tensors, numbers and text, and running code from a file is refused. If "
             "you trust it, convert it once: torch.save({'model': torch.load(OLD, weights_only=False)['model']}, NEW)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error!r}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
+            zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedError(f"{path} cannot be read as a checkpoint: {error!r}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise CheckpointError(f"{path} is no checkpoint: expected a dict with the weights under 'model'")
     if "stage" not in checkpoint:

@@ -12,21 +12,31 @@ import contextlib
 import json
 import math
 import os
+import platform
+import re
+import shlex
+import shutil
+import signal
 import sys
 import textwrap
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import av
+import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DataError, Schedule, Source, TrainingData, ensure_synthetic, load_samples, loader, names, to_float
-from model import (MASK_RATIO, SIZES, CheckpointError, MaskedAutoencoder, SettingError, masked_tokens, modality,
-                   read_checkpoint)
+from data import (DataError, Samples, Schedule, Source, TrainingData, ensure_synthetic, load_samples, loader, names,
+                  to_float)
+from model import (MASK_RATIO, SIZES, CheckpointError, DamagedError, MaskedAutoencoder, SettingError, load_weights,
+                   masked_tokens, modality, read_checkpoint)
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
 TINY = dict(epochs=20, batch_size=16, lr=0.024)
@@ -65,8 +75,11 @@ def common_settings(description: str, tiny: dict, systems: str) -> argparse.Argu
                    "process computes at once; a batch is gathered from as many as it takes (half a batch)")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--workers", type=int, default=default_workers(), help="loading processes per process")
+    p.add_argument("--clip-grad", type=float, help="clip the gradient to this norm (no clipping)")
     p.add_argument("--output", type=Path, help="the run's folder (runs/..., named after the data)")
-    p.add_argument("--resume", action="store_true", help="continue from last.pt in the run's folder, if there is one")
+    p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the run's folder; if there "
+                   "is none yet, begin, so that the same command can simply be started again")
+    p.add_argument("--save-minutes", type=float, default=10, help="time between checkpoints within an epoch")
     return p
 
 
@@ -92,11 +105,12 @@ def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None)
     for options, fits, expected in (
             (("epochs", "batch_size", "micro_batch", "repeats", "image_batch_size", "experts", "k", "adapter_width"),
              lambda value: value >= 1, "1 or more"),
-            (("workers", "lr", "seed", "weight_decay", "warmup_epochs", "layer_decay", "balance", "sigma"),
+            (("workers", "lr", "seed", "weight_decay", "warmup_epochs", "layer_decay", "balance", "sigma", "save_minutes"),
              lambda value: 0 <= value < math.inf, "0 or more"),
             (("video_mask_ratio", "image_mask_ratio", "validation", "label_smoothing"),
              lambda value: 0 <= value < 1, "0 to below 1"),
             (("mixing", "warmup"), lambda value: 0 <= value <= 1, "0 to 1"),
+            (("clip_grad",), lambda value: value > 0, "more than 0"),
             (("image_share",), lambda value: value > 0, "more than 0 (--image-dataset none leaves images out)")):
         for name in options:
             value = getattr(args, name, None)
@@ -112,6 +126,7 @@ def main() -> None:
     args.videos = {"synthetic": "synthetic-unlabelled"}.get(args.dataset, args.dataset)
     args.images = args.image_dataset or ("synthetic-images" if args.dataset == "synthetic" else "affectnet-8")
     sources = load_sources(args, run)
+    folder = RunFolder(args, "pretrain", sources)
 
     torch.manual_seed(args.seed)
     model = MaskedAutoencoder(args.size).to(run.device)
@@ -124,7 +139,7 @@ def main() -> None:
     masked = {name: masked_tokens(getattr(model.size, f"{name}_tokens"), module.ratios[name]) for name in sources}
     describe(run, args, model, sources, steps, lr, f"masked tokens of a sample: {masked}")
     rate = Rate(lr, int(args.warmup * steps), steps, first=1e-6, end=0.0)
-    train(run, args, "pretrain", model, module, optimizer, rate, schedule,
+    train(run, args, folder, model, module, optimizer, rate, schedule,
           TrainingData(sources, "pretrain", model.size))
 
 
@@ -158,86 +173,137 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.model, self.ratios = model, ratios
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         x = to_float(x)
         loss, _, _ = self.model(x, mask_ratio=self.ratios[modality(x)])
-        return loss
+        return weight * loss
 
 
 # ------------------------------------------------------------------------------------------- the loop of both stages
 
-def train(run, args, stage, model, module, optimizer, rate, schedule, data, end_of_epoch=lambda epoch: {}) -> None:
-    """Train `model` through `module`, which maps (x uint8, labels) to a scalar loss.
+def train(run, args, folder, model, module, optimizer, rate, schedule, data, end_of_epoch=lambda epoch: {},
+          tallies=None) -> None:
+    """Train `model` through `module`, which maps (x uint8, labels, weight) to a scalar loss times the weight.
 
     After every epoch, end_of_epoch(epoch) gives scores; a JSON line goes to log.jsonl and a checkpoint to last.pt.
+    tallies: tensors that the module adds up during an epoch, which a run that is continued must not lose.
     """
-    progress = resume(run, args, stage, model, optimizer) if args.resume else fresh(run, args)
-    schedule.start = progress["epoch"], 0
-    batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
-    wrapped = DistributedDataParallel(module, broadcast_buffers=False) if run.world > 1 else module
+    tallies = tallies or {}
+    progress = folder.begin(run, model, optimizer, tallies)
     per_epoch = rate.steps // args.epochs
-    unreadable = Unreadable(data.sources)
-    bar = tqdm(total=rate.steps, initial=progress["epoch"] * per_epoch, disable=not run.main, unit="step",
-               desc=f"{stage} epoch {progress['epoch'] + 1}/{args.epochs}")
-    for epoch in range(progress["epoch"], args.epochs):
-        bar.set_description(f"{stage} epoch {epoch + 1}/{args.epochs}")
-        module.train()
-        losses, waited, began = [], 0.0, time.perf_counter()
-        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step) * group.get("scale", 1.0)
-            source, loss, data_time = optimise(run, wrapped, batches, optimizer, unreadable, step)
-            losses.append((source, float(f"{loss:.6g}")))
-            waited += data_time
-            bar.update()
-            bar.set_postfix(refresh=False, loss=f"{loss:.4f}", lr=f"{rate(step):.2e}",
-                            data=f"{data_time:.3f}s", step=f"{(time.perf_counter() - began) / len(losses):.3f}s")
+    schedule.start = progress["epoch"], progress["step"]
+    batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
+    wrapped = DistributedDataParallel(module) if run.world > 1 else module
+    unreadable = Unreadable(data.sources, progress["unreadable"])
+
+    def save(record: dict | None = None) -> None:
         unreadable.share(run)
-        record = dict(epoch=epoch + 1, step=(epoch + 1) * per_epoch, lr=rate(step), losses=losses,
-                      loss={name: mean([loss for source, loss in losses if source == name]) for name in data.sources},
-                      seconds=round(time.perf_counter() - began, 2), data_seconds=round(waited, 2),
-                      unreadable=len(unreadable.files), **end_of_epoch(epoch))
-        progress = dict(progress, epoch=epoch + 1)
+        run.to_first(tallies)
         if run.main:
-            save(args, stage, model, optimizer, progress, record)
+            folder.save(model, optimizer, progress | {"unreadable": unreadable.files, "tallies": tallies}, record)
+
+    bar = tqdm(total=rate.steps, initial=progress["epoch"] * per_epoch + progress["step"], disable=not run.main,
+               unit="step")
+    for epoch in range(progress["epoch"], args.epochs):
+        bar.set_description(f"{folder.stage} epoch {epoch + 1}/{args.epochs}")
+        module.train()
+        with run.finishing_first():         # a signal waits for the end of the step and the checkpoint
+            while progress["step"] < per_epoch:
+                step = epoch * per_epoch + progress["step"]
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(step) * group.get("scale", 1.0)
+                done = optimise(run, wrapped, batches, optimizer, unreadable, step, args.clip_grad, folder.overdue())
+                progress["step"] += 1
+                progress["losses"].append((done.source, float(f"{done.loss:.6g}")))
+                progress["seconds"] += done.seconds
+                progress["data_seconds"] += done.data_seconds
+                bar.update()
+                bar.set_postfix(refresh=False, loss=f"{done.loss:.4f}", lr=f"{rate(step):.2e}", norm=f"{done.norm:.2g}",
+                                data=f"{done.data_seconds:.3f}s", step=f"{done.seconds:.3f}s")
+                if done.stop:
+                    break
+                if done.save:
+                    save()
+            save()                          # at a signal; and before evaluation, which takes long and may fail
+        record = dict(epoch=epoch + 1, step=(epoch + 1) * per_epoch, lr=rate((epoch + 1) * per_epoch - 1),
+                      **summary(progress, data.sources), unreadable=len(unreadable.files), **end_of_epoch(epoch))
+        progress |= dict(new_epoch(), epoch=epoch + 1)
+        if "score" in record and (progress["best"] is None or record["score"] > progress["best"]["score"]):
+            progress["best"] = {k: v for k, v in record.items() if k != "losses"}
+        with run.finishing_first():
+            save(record)
     bar.close()
 
 
-def optimise(run, wrapped, batches, optimizer, unreadable, step: int) -> tuple[str, float, float]:
-    """One optimiser step over this process's micro-batches. Returns the source, the loss and seconds of waiting."""
+def summary(progress: dict, sources: dict[str, Source]) -> dict:
+    """What the log says of an epoch's steps."""
+    losses = {name: [loss for source, loss in progress["losses"] if source == name] for name in sources}
+    return dict(losses=progress["losses"], loss={name: sum(values) / len(values) if values else None
+                                                 for name, values in losses.items()},
+                seconds=round(progress["seconds"], 2), data_seconds=round(progress["data_seconds"], 2))
+
+
+class Done(NamedTuple):
+    """An optimiser step that was made."""
+    source: str
+    loss: float
+    norm: float                             # of the gradient, before clipping
+    seconds: float
+    data_seconds: float                     # of it, waiting for data
+    save: bool                              # whether a checkpoint is due
+    stop: bool                              # whether any process has received a signal to end
+
+
+def optimise(run, wrapped, batches, optimizer, unreadable, step: int, clip: float | None, save: bool) -> Done:
+    """One optimiser step over this process's micro-batches. Exits, with the weights as they were, if the loss or the
+    gradient is not finite."""
+    began = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)
-    total, waited, last = torch.zeros((), device=run.device), 0.0, False
+    total, waited, last, files = torch.zeros((), device=run.device), 0.0, False, []
     while not last:
-        began = time.perf_counter()
+        asked = time.perf_counter()
         micro, x, labels, errors = next(batches)
-        waited += time.perf_counter() - began
+        waited += time.perf_counter() - asked
         unreadable.add(micro.source, errors)
         last = micro.last
+        files += [str(unreadable.sources[micro.source].samples.path(i)) for i in micro.index]
         torch.manual_seed(micro.seed)       # masks, mixing and gate noise depend on the micro-batch, not the process
         synchronise = contextlib.nullcontext() if last or run.world == 1 else wrapped.no_sync()
         with synchronise:
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-                loss = wrapped(x.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True))
-            loss = loss * micro.weight
+                loss = wrapped(x.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True),
+                               micro.weight)
             (loss * run.world).backward()   # DDP averages over the processes; the step's loss is a sum of shares
         total += loss.detach()
-    if run.world > 1:
-        dist.all_reduce(total)
-    loss = total.item()
-    if not math.isfinite(loss):
-        samples = unreadable.sources[micro.source].samples
-        raise SystemExit(f"the loss became {loss} at step {step}, epoch {micro.epoch + 1}, a batch of {micro.source}s: "
-                         "stopped before the weights change. This process's last files of it: "
-                         + ", ".join(str(samples.path(i)) for i in micro.index))
+    # Beside the loss, what all processes must agree on.
+    loss, save, stop = run.sum(torch.stack([total, total.new_tensor(save), total.new_tensor(run.signal > 0)])).tolist()
+    if stop:
+        run.signal = run.signal or signal.SIGTERM
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NotFinite(f"the loss became {loss} and its gradient's norm {norm:.6g} at step {step}, epoch "
+                        f"{micro.epoch + 1}, a batch of {micro.source}s: stopped before the weights change; the last "
+                        f"checkpoint is from before. This process's files of the batch: {', '.join(files)}")
+    if clip:
+        nn.utils.clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], clip, norm)
     optimizer.step()
-    return micro.source, loss, waited
+    return Done(micro.source, loss, norm.item(), time.perf_counter() - began, waited, save > 0, stop > 0)
+
+
+class NotFinite(Exception):
+    """A loss or a gradient that is not finite; the message names the step, the batch and its files."""
+
+
+def stage_of(folder, progress: dict, args) -> str:
+    return f"{folder.stage} epoch {min(progress['epoch'] + 1, args.epochs)}/{args.epochs}"
 
 
 class Unreadable:
     """Samples that training left out: named once each, and an error beyond 1 % of their data set."""
 
-    def __init__(self, sources: dict[str, Source]):
-        self.sources, self.files = sources, {}
+    def __init__(self, sources: dict[str, Source], files: dict[str, str]):
+        self.sources, self.files = sources, dict(files)  # error: source
 
     def add(self, source: str, errors: list[str]) -> None:
         for error in errors:
@@ -248,7 +314,7 @@ class Unreadable:
             self.check()
 
     def share(self, run) -> None:
-        """At the end of an epoch every process learns what the others left out."""
+        """Before a checkpoint every process learns what the others left out."""
         if run.world > 1:
             everyone = [None] * run.world
             dist.all_gather_object(everyone, self.files)
@@ -261,10 +327,6 @@ class Unreadable:
             if len(errors) > 0.01 * len(drawn.samples):
                 raise DataError(f"{len(errors)} of {len(drawn.samples)} {source}s cannot be read, more than 1 %; the "
                                 f"last: {errors[-1]}")
-
-
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 @dataclass
@@ -301,6 +363,8 @@ class Run:
     world: int
     device: torch.device
     dtype: torch.dtype
+    signal: int = 0                         # SIGTERM or SIGINT, once it was received
+    patient: bool = False                   # whether a signal waits
 
     @property
     def main(self) -> bool:
@@ -309,6 +373,34 @@ class Run:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def to_first(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Move everybody's share of each sum to the first process."""
+        for name in sorted(tensors):
+            self.sum(tensors[name])
+            if not self.main:
+                tensors[name].zero_()
+
+    def receive(self, signal_number: int, frame) -> None:
+        """Leave with the signal's own exit status, at once or at the end of finishing_first()."""
+        self.signal = signal_number
+        if not self.patient:
+            sys.exit(128 + signal_number)
+
+    @contextlib.contextmanager
+    def finishing_first(self):
+        """A signal waits for the end of this block."""
+        self.patient = True
+        yield
+        self.patient = False
+        if self.signal:
+            sys.exit(128 + self.signal)
 
 
 def start(size: str = "base") -> Run:
@@ -324,8 +416,14 @@ def start(size: str = "base") -> Run:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Run(rank, world, device, precision(device))
+        # A prefix of its own for every restart: torchrun's store still holds the addresses of those who died.
+        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    run = Run(rank, world, device, precision(device))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, run.receive)
+    return run
 
 
 def precision(device: torch.device) -> torch.dtype:
@@ -342,28 +440,21 @@ def guarded(main) -> None:
     """Run a script's main: an expected error becomes its message and exit status 1, without a traceback."""
     try:
         main()
-    except (DataError, CheckpointError, SettingError) as error:
+    except (DataError, CheckpointError, SettingError, NotFinite) as error:
         text = str(error)                   # a loading process wraps it in its traceback, which ends in the message
         sys.exit(f"error: {text.rsplit('Error: ', 1)[-1].strip() if text.startswith('Caught ') else text}")
+    except RuntimeError as error:           # what gloo and nccl say when another process is gone
+        if not dist.is_initialized() or not re.search("by peer|NCCL|Connection|Broken pipe", str(error)):
+            raise
+        time.sleep(1)                       # let that process speak first
+        sys.exit(f"error: another process of this run has ended, so this one (rank {dist.get_rank()}) ends too")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------- the run's folder
 
-def fresh(run: Run, args) -> dict:
-    """Progress of a new run. Refuses to write over another run's checkpoints."""
-    last = args.output / "last.pt"
-    if last.exists():
-        raise CheckpointError(f"{last} exists: give --resume to continue that run, another --output, or delete it")
-    run.barrier()                           # nobody may create it before everybody has looked
-    if run.main:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "log.jsonl").write_text("")
-    return dict(epoch=0, best=None)
-
-
-FREE_TO_CHANGE = {"output", "resume", "workers", "data_root"}
+FREE_TO_CHANGE = {"output", "resume", "workers", "data_root", "save_minutes"}
 
 
 def plain(args) -> dict:
@@ -371,51 +462,144 @@ def plain(args) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def resume(run: Run, args, stage: str, model: nn.Module, optimizer) -> dict:
-    """Continue from last.pt; all randomness follows from seed, epoch and step, so nothing else is needed.
+def new_epoch() -> dict:
+    """What an epoch adds up while it runs, and a checkpoint within it keeps."""
+    return dict(step=0, losses=[], seconds=0.0, data_seconds=0.0, tallies={})
 
-    CheckpointError if the settings that change the result are not those of the checkpoint.
+
+class RunFolder:
+    """What a run leaves in --output: log.jsonl, last.pt, previous.pt (the checkpoint before it) and best.pt.
+
+    saved: with --resume the newest checkpoint that can be read, None if there is none yet. CheckpointError if it is of
+    a run with other settings or other data, or if a new run would write over another one's.
     """
-    last = args.output / "last.pt"
-    if not last.exists():
-        return fresh(run, args)
-    checkpoint = read_checkpoint(last)
-    if checkpoint["stage"] != stage:
-        raise CheckpointError(f"{last} is a checkpoint of {checkpoint['stage']}, not of {stage}")
-    now = plain(args)
-    for name in sorted(now.keys() - FREE_TO_CHANGE):
-        if now[name] != checkpoint["settings"].get(name):
-            raise CheckpointError(f"{last} was trained with --{name.replace('_', '-')} "
-                                  f"{checkpoint['settings'].get(name)}, not {now[name]}: that is another run")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    if run.main:                            # lines of an epoch that was logged but not saved
-        log = args.output / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(lines[:checkpoint["progress"]["epoch"]]))
-        print(f"resumed from {last} after epoch {checkpoint['progress']['epoch']}")
-    return checkpoint["progress"]
+
+    def __init__(self, args, stage: str, sources: dict[str, Source], test: dict[str, Samples] = {}):
+        self.path, self.stage, self.settings = args.output, stage, plain(args)
+        self.data = dict(train={name: source.samples.identity(digests=stage == "finetune")
+                                for name, source in sources.items()},
+                         test={name: samples.identity() for name, samples in test.items()})
+        self.save_seconds, self.last_save = 60 * args.save_minutes, time.monotonic()
+        files = [self.path / name for name in ("last.pt", "previous.pt") if (self.path / name).exists()]
+        if files and not args.resume:
+            raise CheckpointError(f"{files[0]} exists: give --resume to continue that run, another --output, or "
+                                  "delete it")
+        self.saved = self.newest(files)
+
+    def newest(self, files: list[Path]) -> dict | None:
+        """The first of the files that is whole; CheckpointError of the first if none is."""
+        for file in files:
+            try:
+                saved = read_checkpoint(file)
+                self.check(saved, file)
+                return saved
+            except DamagedError as error:
+                if file == files[-1]:
+                    raise
+                print(f"{error}\nso the checkpoint before it is taken", file=sys.stderr)
+        return None
+
+    def check(self, saved: dict, file: Path) -> None:
+        """CheckpointError unless continuing this checkpoint gives what the run would have given."""
+        lacking = {"optimizer", "settings", "progress", "data"} - saved.keys()
+        if saved["stage"] != self.stage or lacking:
+            raise CheckpointError(f"{file} is no checkpoint of {self.stage} to continue from: it is of {saved['stage']}"
+                                  f"{' and lacks ' + ', '.join(sorted(lacking)) if lacking else ''}")
+        old, new = saved["settings"], self.settings
+        for name in sorted(new.keys() - FREE_TO_CHANGE):
+            if new[name] != old.get(name):
+                raise CheckpointError(f"{file} was trained with --{name.replace('_', '-')} {old.get(name)}, not "
+                                      f"{new[name]}: that is another run")
+        for part, name in [(part, name) for part in self.data for name in self.data[part]]:
+            old, new = saved["data"][part].get(name, {}), self.data[part][name]
+            if old.get("fingerprint") != new["fingerprint"]:
+                raise CheckpointError(f"{file} belongs to other data: its {name} {part} data were "
+                                      f"{old.get('samples')} samples, fingerprint {old.get('fingerprint')}; now they "
+                                      f"are {new['samples']}, {new['fingerprint']}")
+
+    def begin(self, run: Run, model: nn.Module, optimizer, tallies: dict) -> dict:
+        """Progress to start from: that of `saved`, whose weights and sums are restored, or of a new run.
+
+        No random state is kept: all of it follows from the seed, the epoch, the step and the micro-batch's place.
+        """
+        log = self.path / "log.jsonl"
+        if self.saved is None:
+            run.barrier()                   # nobody may create files before everybody has looked for them
+            if run.main:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    log.write_text("")
+                except OSError as error:
+                    raise CheckpointError(f"the run's folder {self.path} cannot be written: {error}") from error
+            return dict(new_epoch(), epoch=0, best=None, unreadable={})
+        saved, self.saved = self.saved, None
+        progress = saved["progress"]
+        load_weights(model, saved["model"], self.path)
+        optimizer.load_state_dict(saved["optimizer"])
+        if run.main:
+            for name, value in progress["tallies"].items():
+                tallies[name].copy_(value)
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            log.write_text("".join(lines[:progress["epoch"]]))  # without an epoch that was logged but not saved
+            print(f"resumed from {self.path} after epoch {progress['epoch']}, step {progress['step']} of the next")
+            if len(lines) < progress["epoch"]:
+                print(f"{log} holds {len(lines)} of {progress['epoch']} epochs; the others are lost")
+            if saved["made_by"]["processes"] != run.world:
+                print(f"{saved['made_by']['processes']} processes then, {run.world} now: the samples of every step, "
+                      "their crops, masks and noise stay the same; sums are taken in another order, so last digits "
+                      "may differ")
+        return progress
+
+    def overdue(self) -> bool:
+        """Whether the last checkpoint was written so many minutes ago."""
+        return time.monotonic() - self.last_save >= self.save_seconds
+
+    def save(self, model: nn.Module, optimizer, progress: dict, record: dict | None) -> None:
+        """last.pt; at the end of an epoch, `record`, also its line of the log, and best.pt if it is the best."""
+        contents = dict(stage=self.stage, architecture=model.architecture, model=model.state_dict(),
+                        settings=self.settings, data=self.data, progress=progress, made_by=made_by(),
+                        scores={k: v for k, v in (record or {}).items() if k != "losses"})
+        if record:
+            with writing(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as log:
+                log.write(json.dumps(record) + "\n")
+            if progress["best"] == contents["scores"]:
+                write(self.path / "best.pt", contents)
+        write(self.path / "last.pt", contents | {"optimizer": optimizer.state_dict()}, keep="previous.pt")
+        self.last_save = time.monotonic()
 
 
-def save(args, stage: str, model: nn.Module, optimizer, progress: dict, record: dict) -> None:
-    """The epoch's JSON line; last.pt; and best.pt, where the epoch's `score` is the best so far."""
-    with open(args.output / "log.jsonl", "a") as log:
-        log.write(json.dumps(record) + "\n")
-    contents = dict(stage=stage, architecture=model.architecture, model=model.state_dict(), settings=plain(args),
-                    progress=progress, scores={k: v for k, v in record.items() if k != "losses"})
-    if "score" in record and (progress["best"] is None or record["score"] > progress["best"]["score"]):
-        progress["best"] = contents["scores"]
-        write(args.output / "best.pt", contents)
-    write(args.output / "last.pt", contents | {"optimizer": optimizer.state_dict()})
+def made_by() -> dict:
+    """What a checkpoint's numbers may depend on beside settings and data."""
+    return dict(command=shlex.join(sys.argv), python=platform.python_version(), torch=str(torch.__version__),
+                torchvision=torchvision.__version__, av=av.__version__, numpy=np.__version__,
+                processes=dist.get_world_size() if dist.is_initialized() else 1, machine=platform.platform())
 
 
-def write(path: Path, contents: dict) -> None:
-    """A file that is there whole or not at all: written beside its place, flushed to disk, then renamed."""
+@contextlib.contextmanager
+def writing(path: Path):
+    """CheckpointError that says why a file cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise CheckpointError(f"{path} cannot be written: {error} ({free:.0f} MB are free on its disk). Checkpoints "
+                              "written before are as they were: make room and go on with --resume") from error
+
+
+def write(path: Path, contents: dict, keep: str | None = None) -> None:
+    """A file that is there whole or not at all: written beside its place, flushed to disk, then renamed. The file that
+    was in its place stays under the name `keep`."""
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with writing(path), open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except CheckpointError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if keep and path.exists():
+        os.replace(path, path.with_name(keep))  # killed between the two, the run goes on from `keep`
     os.replace(temporary, path)
 
 

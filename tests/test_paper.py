@@ -111,12 +111,13 @@ def test_gate_statistics_and_balancing_loss_equal_plain_counts():
         for i in range(4):
             counts[i] += int(gates[i] > 0)
             probability[i] += router.topkroute_linear(x).softmax(-1)[i].item() / 72
+    alone = pretrain.Run(0, 1, torch.device("cpu"), torch.float32)
     expected = 4 * sum(count / 144 * p for count, p in zip(counts, probability))
     assert added.item() == pytest.approx(0.5 * expected, rel=1e-4)
-    summary = joint.gates.summary(argparse.Namespace(world=1))["image"][3]
+    summary = joint.gates.summary(alone)["image"][3]
     assert summary["share"] == pytest.approx([count / 144 for count in counts], abs=1e-4) and sum(counts) == 144
     assert summary["cv"] == pytest.approx(torch.tensor(counts).double().std(unbiased=False).item() / 36, abs=1e-4)
-    assert joint.gates.summary(argparse.Namespace(world=1)) == {}, "each epoch counts anew"
+    assert joint.gates.summary(alone) == {}, "each epoch counts anew"
 
 
 def test_evaluation_is_deterministic_and_the_batch_size_does_not_matter(faces):

@@ -2,7 +2,6 @@
 say when something is wrong."""
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -83,27 +82,6 @@ def test_checkpoints_hold_plain_data_and_rebuild_their_module(runs):
         assert all(torch.equal(value, checkpoint["model"][key]) for key, value in module.state_dict().items())
         assert checkpoint["settings"]["dataset"] == "synthetic" and checkpoint["progress"]["epoch"] >= 1
     assert module.architecture["video_classes"] == list(data.DFEW.classes)
-
-
-def test_a_killed_run_resumes_to_the_same_weights(runs, faces):
-    folder, _ = runs
-    command = [*SMALL, "--data-root", faces, "--epochs", 2, "--output", folder / "killed", "--resume"]
-    process = start_command(folder, "pretrain.py", *command)
-    while process.poll() is None and not (folder / "killed/last.pt").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert "resumed from" in run_command(folder, "pretrain.py", *command)
-    whole, resumed = (model.read_checkpoint(folder / name / "last.pt")["model"] for name in ("pre1", "killed"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert losses(folder / "pre1") == losses(folder / "killed")
-
-
-def test_resuming_with_another_setting_is_refused(runs, faces):
-    folder, _ = runs
-    text = run_command(folder, "pretrain.py", *SMALL, "--data-root", faces, "--epochs", 2, "--output", folder / "pre1",
-                       "--resume", "--seed", 1, status=1)
-    assert "was trained with --seed 0, not 1" in text
 
 
 def test_a_finished_run_is_not_overwritten(runs, faces):
