@@ -488,11 +488,12 @@ def read_checkpoint(path) -> dict:
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
             zipfile.BadZipFile, zlib.error) as error:
         raise DamagedError(f"{path} cannot be read as a checkpoint: {error!r}") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} is no checkpoint: expected a dict with the weights under 'model'")
     if "stage" not in checkpoint:
         return released(checkpoint["model"], path)
-    if checkpoint["stage"] not in MODULES or not isinstance(checkpoint.get("architecture"), dict):
+    if checkpoint["stage"] not in list(MODULES) or not isinstance(checkpoint.get("architecture"), dict):
         raise CheckpointError(f"{path} names stage {checkpoint['stage']!r}: expected {' or '.join(MODULES)}, and its "
                               "architecture")
     return checkpoint
@@ -534,7 +535,7 @@ def rebuild(checkpoint: dict, path) -> MaskedAutoencoder | S4D:
     """load_checkpoint of a file that has been read."""
     try:
         module = MODULES[checkpoint["stage"]](**checkpoint["architecture"])
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} describes no model: {error!r}") from error
     load_weights(module, checkpoint["model"], path)
     return module
