@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data import (FONT, Crop, DataError, DataSet, Samples, TestData, catalogue, contact_sheet, ensure_synthetic,
                   load_samples, loader, names, natural, read_clip, read_image, to_float)
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, CheckpointError, MaskedAutoencoder, Size, at_least_fp32,
-                   modality, normalised_target, patchify, read_checkpoint, rebuild, same_classes, unnamed)
+                   normalised_target, patchify, read_checkpoint, rebuild, same_classes, unnamed)
 from pretrain import Formatter, Run, default_workers, guarded, start
 
 # ------------------------------------------------------------------------------------------- one pass over a data set
@@ -139,7 +139,7 @@ def metrics(confusion: np.ndarray) -> dict:
                 **{f"{name}_interval": plain(np.quantile(values, (0.025, 0.975))) for name, values in interval.items()},
                 macro_f1=float(f1[occurs].mean()), weighted_f1=float(f1 @ support / total),
                 majority_uar=1 / int((support > 0).sum()), majority_war=float(support.max() / total),
-                confusion=confusion.tolist(), confusion_by_row=plain(confusion / np.where(support, support, np.nan)[:, None]))
+                confusion=confusion.tolist(), by_row=plain(confusion / np.where(support, support, np.nan)[:, None]))
 
 
 def check_classes(model: S4D, samples: Samples) -> None:
@@ -187,51 +187,50 @@ TABLE_2 = {"A3lign-DFER": "64.09 74.20 41.87 51.77 42.07 53.24", "SVFAP": "62.83
            "HiCMAE": "63.76 75.01 - - 42.65 56.17", "MAE-DFER": "63.41 74.43 43.12 52.07 41.62 54.31",
            "S2D": "61.82 76.03 41.28 52.56 41.86 57.37", "VideoMAE": "63.60 74.60 43.33 52.39 40.87 53.51",
            "S4D": "66.80 76.68 43.41 53.65 43.72 58.44"}
-TABLE_3 = {"SVFAP": "93.13 76.98 72.31 77.54 65.42 15.17 39.25", "MAE-DFER": "92.92 77.46 74.56 76.94 60.99 18.62 42.35",
-           "S2D": "93.62 80.25 77.14 81.09 64.53 1.38 34.71", "VideoMAE": "93.09 78.78 71.75 78.74 63.44 17.93 41.46",
+TABLE_3 = {"SVFAP": "93.13 76.98 72.31 77.54 65.42 15.17 39.25",
+           "MAE-DFER": "92.92 77.46 74.56 76.94 60.99 18.62 42.35",
+           "S2D": "93.62 80.25 77.14 81.09 64.53 1.38 34.71",
+           "VideoMAE": "93.09 78.78 71.75 78.74 63.44 17.93 41.46",
            "S4D": "94.76 79.04 74.60 79.80 67.26 27.59 44.57"}
 
 
-def compare(name: str, scores: dict, classes: list[str], note: str) -> str:
-    """Ours below the paper's Tables II and III, in per cent; a set that is not in them stands in a line of its own."""
-    ours = [f"{100 * scores[key]:.2f}" for key in ("uar", "war")]
-    shown = [value for paper in PAPER_SETS for value in (ours if paper == name else ["-", "-"])]
-    rows = [("Table II, as the paper prints it", [f"{paper} {key}" for paper in PAPER_SETS for key in ("UAR", "WAR")])]
+def compare(name: str, scores: dict, classes: tuple[str, ...], title: str) -> str:
+    """Ours below the paper's Tables II and III, in per cent; the latter only for a data set with DFEW's classes."""
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f}"
+
+    ours = [percent(scores["uar"]), percent(scores["war"])]
+    rows = [("Table II, the paper's own figures", [f"{paper} {key}" for paper in PAPER_SETS for key in ("UAR", "WAR")])]
     rows += [(method, row.split()) for method, row in TABLE_2.items()]
-    rows += [(f"ours, {note}", shown if name in PAPER_SETS else [f"{name}:", *ours])]
-    recall = dict(zip(classes, scores["recall"]))
-    columns = catalogue("dfew").classes
+    rows += [(f"ours: {title}", sum([ours if paper == name else ["-", "-"] for paper in PAPER_SETS], [])
+              if name in PAPER_SETS else [*ours, f"(on {name}, which is not in the paper)"])]
+    recall, columns = dict(zip(classes, scores["recall"])), catalogue("dfew").classes
     if set(columns) == set(classes):
-        rows += [("Table III (dfew), as the paper prints it", columns)]
+        rows += [("Table III (DFEW), the paper's own figures", columns)]
         rows += [(method, row.split()) for method, row in TABLE_3.items()]
-        rows += [(f"ours, {note}", ["-" if recall[c] is None else f"{100 * recall[c]:.2f}" for c in columns])]
-    return "\n".join(f"{label:44}" + "".join(value.rjust(13) for value in values) for label, values in rows)
+        rows += [(f"ours: {title}", [percent(recall[c]) for c in columns])]
+    return "\n".join(f"{label:42}" + "".join(value.rjust(12) for value in values) for label, values in rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ folds
 
-def leaked(checkpoint: dict, samples: Samples) -> list[str]:
-    """The test samples that the checkpoint was trained on; none if it does not say what it was trained on."""
+def trained_on(checkpoint: dict, samples: Samples) -> int:
+    """How many of the samples the checkpoint was trained on; 0 for a file that does not say what it was trained on."""
     trained = checkpoint.get("data", {}).get("train", {}).get(samples.dataset.modality, {})
-    if trained.get("name") != samples.name or not np.isin(samples.digests(), trained["digests"].numpy()).any():
-        return []
-    return [os.fsdecode(name) for i, name in enumerate(samples.names.tolist())
-            if np.isin(samples.subset(np.array([i])).digests(), trained["digests"].numpy()).any()]
+    if trained.get("name") != samples.name:
+        return 0
+    return int(np.isin(samples.digests(), trained["digests"].numpy()).sum())
 
 
-def doubts(checkpoint: dict, path: Path, samples: Samples, fold: int) -> list[str]:
-    """What speaks against these test samples: they differ from those recorded in training, or were trained on."""
-    source, found = samples.dataset.modality, []
-    recorded = checkpoint.get("data", {}).get("test", {}).get(source, {})
-    if (recorded.get("name"), recorded.get("fold")) == (samples.name, fold) and (
-            recorded["fingerprint"] != samples.fingerprint()):
-        found += [f"the {len(samples)} test samples of {samples.name} are not the {recorded['samples']} that {path} was "
-                  f"tested on in training (fingerprint {samples.fingerprint()}, recorded {recorded['fingerprint']})"]
-    seen = leaked(checkpoint, samples)
-    if seen:
-        found += [f"{path} was trained on {len(seen)} of the {len(samples)} test samples of {samples.name}, fold {fold}: "
-                  f"{', '.join(seen[:3])}{', ...' if len(seen) > 3 else ''}"]
-    return found
+def warn_of(checkpoint: dict, path: Path, samples: Samples, fold: int, report: "Report") -> None:
+    """Warnings where test samples differ from those recorded in training, or were trained on."""
+    recorded = checkpoint.get("data", {}).get("test", {}).get(samples.dataset.modality, {})
+    same = (recorded.get("name"), recorded.get("fold")) == (samples.name, fold)
+    if same and recorded["fingerprint"] != samples.fingerprint():
+        report.warn(f"the {len(samples)} test samples of {samples.name} are not the {recorded['samples']} of {path}'s "
+                    f"training: fingerprint {samples.fingerprint()}, recorded {recorded['fingerprint']}")
+    if trained_on(checkpoint, samples):
+        report.warn(f"{path} was trained on {trained_on(checkpoint, samples)} of the {len(samples)} test samples")
 
 
 def check_folds(paths: list[Path], name: str, data_root: Path) -> dict[int, Path]:
@@ -247,8 +246,9 @@ def check_folds(paths: list[Path], name: str, data_root: Path) -> dict[int, Path
             raise CheckpointError(f"fold {fold} of {name} is given twice: {found[fold]} and {path}")
         found[fold] = path
         samples = load_samples(name, data_root, "test", fold)
-        if leaked(checkpoint, samples):
-            raise CheckpointError(doubts(checkpoint, path, samples, fold)[-1])
+        if trained_on(checkpoint, samples):
+            raise CheckpointError(f"{path} was trained on {trained_on(checkpoint, samples)} of the {len(samples)} test "
+                                  f"samples of {name}, fold {fold}")
     missing = [str(fold) for fold in expected if fold not in found]
     if missing:
         raise CheckpointError(f"--folds lacks fold {', '.join(missing)} of {name}: give a checkpoint of each of its "
@@ -320,19 +320,22 @@ def frequent_paths(paths: Counter, most: int = 10) -> list[tuple[tuple[int, ...]
 
 @torch.no_grad()
 def attention(model: S4D, x: torch.Tensor, run: Run) -> torch.Tensor:
-    """Attention that each token receives in the last layer, uint8 images or clips -> (B, time slots, rows, columns).
+    """What the mean over the tokens draws on, uint8 images or clips -> (B, time slots, rows, columns); 1 = even spread.
 
-    Mean over the heads and over the tokens that attend, times N: 1 where a token receives as much as it would if all
-    received the same.
+    Attention rollout (Abnar and Zuidema, 2020): from the last layer to the first, a token passes half of what it
+    contributes on by attention, mean over the heads, and keeps half, as residuals do. The paper names no method.
     """
     weights = []
-    hook = model.blocks[-1].attn.register_forward_hook(
-        lambda module, inputs, output: weights.append(module.weights(inputs[0])))  # (B, h, N, N)
+    hooks = [block.attn.register_forward_hook(lambda module, inputs, output: weights.append(
+        module.weights(inputs[0]).mean(1))) for block in model.blocks]      # (B, N, N) of each layer
     forward(model, x, run)
-    hook.remove()
-    received = weights[0].mean((1, 2)) * weights[0].shape[-1]               # (B, N)
+    for hook in hooks:
+        hook.remove()
+    share = torch.ones_like(weights[0][:, :1])                              # (B, 1, N)
+    for layer in reversed(weights):
+        share = (share @ layer + share) / 2
     side = model.size.pixels // model.size.patch
-    return received.unflatten(1, (-1, side, side)).float().cpu()
+    return share.unflatten(-1, (-1, side, side))[:, 0].float().cpu()
 
 
 def heat_on(frames: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
@@ -341,18 +344,16 @@ def heat_on(frames: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
     The paper shows "only positive values" and does not say of what; here they are those above an even spread.
     """
     above = (received - 1).clamp(min=0)
-    heat = F.interpolate(above[:, None], frames.shape[-2:], mode="bilinear")[:, 0] / above.max().clamp(min=1e-6)
+    heat = F.interpolate(above[:, None], frames.shape[-2:], mode="bilinear") / above.max().clamp(min=1e-6)
+    colour = torch.from_numpy(colours(heat[:, 0].numpy(), BRIGHT)).float().movedim(-1, 1)
     grey = v2.functional.rgb_to_grayscale(frames, 3).float()
-    colour = torch.from_numpy(colours(heat.numpy(), BRIGHT)).movedim(-1, 1)
-    return (0.5 * grey + 0.5 * colour).round().to(torch.uint8)
+    return grey.lerp(colour, 0.3 + 0.4 * heat).round().to(torch.uint8)
 
 
 def attention_sheet(models: list[S4D], samples: Samples, run: Run) -> Image.Image:
-    """Fig. 6 on the first test samples of each class: a clip's rows are its frames and then each model's attention; a
-    row of images has each model's attention beside the image."""
-    data, rows, tubelet = TestData(samples, models[0].size), [], models[0].size.tubelet
-    labels = ["attention"] if len(models) == 1 else [f"model {i + 1}" for i in range(len(models))]
-    clips = samples.dataset.modality == "video"
+    """Fig. 6, a row per class: frames of its first clip, or its first images, and beside them each model's attention."""
+    size, clips, blocks = models[0].size, samples.dataset.modality == "video", [[] for _ in range(1 + len(models))]
+    data = TestData(samples, size)
     for label, name in enumerate(samples.dataset.classes):
         index = np.flatnonzero(samples.labels == label)[:1 if clips else 3]
         if not len(index):
@@ -360,14 +361,15 @@ def attention_sheet(models: list[S4D], samples: Samples, run: Run) -> Image.Imag
         x = torch.stack([data[i][1][0] for i in index])                     # (1, T, 3, H, W) or (3, 3, H, W)
         maps = [attention(model, x, run) for model in models]
         if clips:
-            frames = x[0, ::tubelet]                                        # one of each time slot
-            rows += [(name, frames)] + [(f"  {text}", heat_on(frames, m[0])) for text, m in zip(labels, maps)]
+            x = x[0, ::2 * size.tubelet]                                    # of every other time slot
+            heat = [heat_on(x, m[0, ::2]) for m in maps]
         else:
-            heat = [torch.cat([heat_on(image[None], m[i]) for i, image in enumerate(x)]) for m in maps]
-            rows += [(name, torch.stack([x, *heat], 1).flatten(0, 1))]
-    order = ", ".join(["frames" if clips else "from left to right: image", *labels])
-    return titled(contact_sheet(rows, 72 if clips else 96), f"Fig. 6, {samples.name}: attention that a token receives "
-                  f"in the last layer\n{order}; dark: an even spread or less, bright: the sample's maximum")
+            heat = [torch.cat([heat_on(x[i:i + 1], m[i]) for i in range(len(x))]) for m in maps]
+        for block, pictures in zip(blocks, [x, *heat]):
+            block.append((name if block is blocks[0] else "", pictures))
+    titles = [f"first {'clip' if clips else 'images'} of each class", *(f"model {i + 1}" for i in range(len(models)))]
+    return titled(beside(*(titled(contact_sheet(block), title) for block, title in zip(blocks, titles))),
+                  f"Fig. 6, {samples.name}: attention; dark: an even spread over the tokens, or less; bright: the most")
 
 
 # ---------------------------------------------------------------------------------------- reconstructions of stage 1
@@ -444,8 +446,8 @@ def media_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"there is no file or folder {path}")
-    inside = sorted((entry for entry in path.iterdir() if not entry.name.startswith(".")), key=lambda e: natural(e.name))
-    inside = [entry for entry in inside if entry.is_dir() or entry.suffix.lower() in IMAGES + VIDEOS]
+    inside = [entry for entry in sorted(path.iterdir(), key=lambda entry: natural(entry.name))
+              if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in IMAGES + VIDEOS)]
     if not inside:
         raise DataError(f"{path} holds neither images nor videos ({', '.join(IMAGES + VIDEOS)})")
     if all(entry.is_file() and entry.suffix.lower() in IMAGES for entry in inside):
@@ -459,7 +461,7 @@ def frames_in(path: Path, source: str, crop: tuple[int, ...] | None) -> int:
     frame = read_image(path) if source == "image" else read_clip(path, lambda n: total.append(n) or [0])[0]
     height, width = frame.shape[-2:]
     if crop and (crop[0] + crop[2] > width or crop[1] + crop[3] > height):
-        raise DataError(f"{path} is {width} x {height} pixels: --crop {','.join(map(str, crop))} (x,y,w,h) is not inside")
+        raise DataError(f"{path}, {width} x {height} pixels, does not hold --crop {','.join(map(str, crop))} (x,y,w,h)")
     return total[0] if total else 1
 
 
@@ -476,9 +478,9 @@ def media_data(files: list[Path], source: str, classes: list[str], size: Size, s
 
 
 @torch.no_grad()
-def over_time(model: S4D, data: TestData, path: Path, total: int, run: Run) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-    """Clips that slide over a video of `total` frames: the numbers of their middle frames (W,), these frames uint8
-    (W, 3, H, W), and the probabilities (W, C)."""
+def over_time(model: S4D, data: TestData, path: Path, total: int, run: Run) -> tuple:
+    """W clips that slide over a video of `total` frames: the numbers of their middle frames (W,), these frames, uint8
+    (W, 3, h, w), and the probabilities (W, C)."""
     frames, every = data.frames, np.arange(0, total, data.samples.stride)
     starts = np.unique(np.linspace(0, len(every) - frames, WINDOWS).round().astype(int))
     middles, pictures, probabilities = every[starts + frames // 2], [], []
@@ -506,7 +508,7 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
     for source, mine in groups.items():
         if not mine:
             continue
-        classes = class_names(model, source, args.dataset)
+        classes = model.architecture[f"{source}_classes"]
         data = media_data(mine, source, classes, model.size, stride, args.crop)
         probabilities = observe(model, data, run, args.workers, args.batch_size).probabilities[source]
         note = "" if source == "image" else f", two clips of {data.frames} frames at stride {stride} each" + (
@@ -523,16 +525,8 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
                 results[str(file)]["over_time"] = [dict(frame=int(frame), probabilities=plain(p))
                                                    for frame, p in zip(middles, course)]
                 report.picture(f"time-{number}-{file.stem}.png", lambda: curves(
-                    f"{file.name}: probability of each class, in clips of {data.frames} frames at stride {stride}",
+                    f"{file.name}: probability of each class, from 0 to 1, in {data.frames} frames at stride {stride}",
                     middles, pictures, course, classes))
-
-
-def class_names(model: S4D, source: str, dataset: str | None) -> list[str]:
-    """The head's classes; for a released file, which does not name them, those of --dataset if their number fits."""
-    classes = model.architecture[f"{source}_classes"]
-    if dataset and catalogue(dataset).modality == source and classes == unnamed(len(catalogue(dataset).classes)):
-        return list(catalogue(dataset).classes)
-    return classes
 
 
 # -------------------------------------------------------------------------------------------------------- drawing
@@ -561,10 +555,17 @@ def titled(picture: Image.Image, title: str) -> Image.Image:
     return sheet
 
 
+def beside(*pictures: Image.Image) -> Image.Image:
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (sum(p.width for p in pictures[:i]), 0))
+    return sheet
+
+
 def heat_map(title: str, values: np.ndarray, rows: list[str], columns: list[str], low: float = 0.0, high: float = 1.0,
              cells: list[list[str]] | None = None) -> Image.Image:
     """A table (R, C) whose cells are coloured by value, with a scale. cells: their texts, by default the values."""
-    cells = cells or [["-" if np.isnan(v) else f"{v:.2f}" for v in row] for row in values]
+    cells = cells or [[f"{v:.2f}" for v in row] for row in values]
     lines = max(len(text.split("\n")) for row in cells for text in row)
     width, height = max(52, text_width(*columns) + 12), LINE * lines + 12
     left, top = text_width(*rows) + 14, LINE + 8
@@ -585,7 +586,7 @@ def heat_map(title: str, values: np.ndarray, rows: list[str], columns: list[str]
     scale = colours(np.linspace(1, 0, bottom - top)[:, None], DARK).repeat(14, 1).astype(np.uint8)
     sheet.paste(Image.fromarray(scale), (right + 10, top))
     for value, y in ((high, top + 6), ((low + high) / 2, (top + bottom) // 2), (low, bottom - 8)):
-        draw.text((right + 28, y), f"{value:.2f}", "black", FONT, anchor="lm")
+        draw.text((right + 28, y), f"{value:.3g}", "black", FONT, anchor="lm")
     return titled(sheet, title)
 
 
@@ -623,11 +624,10 @@ def curves(title: str, x: np.ndarray, pictures: torch.Tensor, y: np.ndarray, nam
 
 def confusion_picture(title: str, scores: dict, classes: list[str]) -> Image.Image:
     """Fig. 7: per cent of the true class, over counts."""
-    share = np.array([[np.nan if v is None else v for v in row] for row in scores["confusion_by_row"]])
-    cells = [[f"{'-' if np.isnan(p) else f'{100 * p:.1f}'}\n({count})" for p, count in zip(*row)]
-             for row in zip(share, scores["confusion"])]
-    return heat_map(f"{title}\nrows: true class, columns: predicted; per cent of the row (samples)\nUAR "
-                    f"{scores['uar']:.4f}, WAR {scores['war']:.4f}", share, classes, classes, cells=cells)
+    share = 100 * np.array(scores["by_row"], float)                         # None becomes NaN
+    cells = [[f"{p:.1f}\n({count})" for p, count in zip(*row)] for row in zip(share, scores["confusion"])]
+    return heat_map(f"Fig. 7, {title}: UAR {scores['uar']:.4f}, WAR {scores['war']:.4f}\nrows: true class, columns: "
+                    "predicted; per cent of the row (samples)", share, classes, classes, high=100, cells=cells)
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -657,7 +657,7 @@ class Report:
             self.lines += [f"![{name}](<{name}>)"]
 
     def predictions(self, name: str, folds: list[Samples], probabilities: np.ndarray) -> None:
-        """CSV with a line per sample: its name, label (empty for own media), prediction, and probability of each class."""
+        """CSV with a line per sample: name, label (empty for own media), prediction, and each class's probability."""
         if not self.main:
             return
         classes = folds[0].dataset.classes
@@ -679,11 +679,16 @@ class Report:
         print(f"\nwritten to {self.folder}")
 
 
-def fine_tuned(checkpoint: dict, path: Path, run: Run) -> S4D:
+def fine_tuned(checkpoint: dict, path: Path, run: Run, dataset: str | None) -> S4D:
+    """The model of a stage-2 checkpoint; a released file does not name its classes: they are those of --dataset."""
     model = rebuild(checkpoint, path)
     if not isinstance(model, S4D):
         raise CheckpointError(f"{path} is a stage-1 checkpoint of pretrain.py: it reconstructs pixels and has no "
                               "classes; fine-tune it first (finetune.py --pretrained), or give --report alone")
+    if dataset:
+        source, classes = catalogue(dataset).modality, list(catalogue(dataset).classes)
+        if model.architecture[f"{source}_classes"] == unnamed(len(classes)):
+            model.architecture[f"{source}_classes"] = classes
     return model.to(run.device).eval()
 
 
@@ -693,10 +698,10 @@ def report_folds(args, run: Run, report: Report) -> None:
     classes, lines, tested, probabilities, scores = catalogue(args.dataset).classes, [], [], [], []
     for fold, path in check_folds(args.folds, args.dataset, args.data_root).items():
         checkpoint = read_checkpoint(path)
-        model, samples = fine_tuned(checkpoint, path, run), load_samples(args.dataset, args.data_root, "test", fold)
+        model, samples = fine_tuned(checkpoint, path, run, args.dataset), load_samples(
+            args.dataset, args.data_root, "test", fold)
         check_classes(model, samples)
-        for text in doubts(checkpoint, path, samples, fold):
-            report.warn(text)
+        warn_of(checkpoint, path, samples, fold, report)
         observed = observe(model, TestData(samples, model.size), run, args.workers, args.batch_size)
         tested.append(samples)
         probabilities.append(observed.probabilities[samples.dataset.modality])
@@ -731,8 +736,7 @@ def report_model(args, run: Run, path: Path, checkpoint: dict, model: S4D, repor
         fold = args.fold if args.fold is not None else trained.get("fold", 1) if catalogue(name).folds > 1 else 1
         samples = load_samples(name, args.data_root, "test", fold)
         check_classes(model, samples)
-        for text in doubts(checkpoint, path, samples, fold):
-            report.warn(text)
+        warn_of(checkpoint, path, samples, fold, report)
         source, classes = samples.dataset.modality, samples.dataset.classes
         observed = observe(model, TestData(samples, model.size), run, args.workers, args.batch_size)
         tested[source], seen[source] = samples, observed
@@ -751,7 +755,8 @@ def report_model(args, run: Run, path: Path, checkpoint: dict, model: S4D, repor
     return tested
 
 
-def report_tasks(model: S4D, tested: dict[str, Samples], seen: dict[str, Observed], report: Report, number: str) -> None:
+def report_tasks(model: S4D, tested: dict[str, Samples], seen: dict[str, Observed], report: Report,
+                 number: str) -> None:
     """Section IV-E: each head on the other's data, class centres of both data sets, and which experts they use."""
     lines = []
     for source, samples in tested.items():
@@ -776,7 +781,8 @@ def report_tasks(model: S4D, tested: dict[str, Samples], seen: dict[str, Observe
         title = f"Fig. 4: cosine similarity of class centres, {tested['video'].name} (rows), {tested['image'].name}"
         report.say(title, "\n".join([" " * 16 + "".join(name.rjust(15) for name in columns)] + [
             f"{name:16}" + "".join(f"{value:15.3f}" for value in row) for name, row in zip(rows, similarity)]))
-        report.picture(f"centres{number}.png", lambda: heat_map(title, similarity, rows, columns, -1.0, 1.0))
+        report.picture(f"centres{number}.png", lambda: heat_map(title, similarity, rows, columns,
+                                                                   float(np.nanmin(similarity))))
     if model.architecture["moae_layers"]:
         report_experts(model, tested, seen, report, number)
 
@@ -798,13 +804,13 @@ def report_experts(model: S4D, tested: dict[str, Samples], seen: dict[str, Obser
         lines += [f"most frequent paths: {', '.join(f'{path} {part:.3f}' for path, part in paths)}"]
     title = "Fig. 5: share of a layer's assignments that each expert receives"
     report.say(f"{title}; path: a token's strongest expert in each layer", "\n".join(lines))
-    report.picture(f"experts{number}.png", lambda: heat_map(title, np.array(activation), rows, experts, 0.0,
-                                                            float(np.max(activation))))
+    report.picture(f"experts{number}.png", lambda: heat_map(title, np.array(activation), rows, experts,
+                                                            high=float(np.max(activation))))
 
 
 def report_checkpoints(args, run: Run, checkpoints: dict[Path, dict], report: Report) -> None:
     """Fine-tuned checkpoints: own media, or the test data and, for a report, everything else."""
-    models = {path: fine_tuned(checkpoint, path, run) for path, checkpoint in checkpoints.items()}
+    models = {path: fine_tuned(checkpoint, path, run, args.dataset) for path, checkpoint in checkpoints.items()}
     first, checkpoint = next(iter(checkpoints.items()))
     if args.media and not args.report:
         return report_media(args, run, models[first], checkpoint, args.media, report)
