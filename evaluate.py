@@ -22,6 +22,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +116,9 @@ def recalls(confusion: np.ndarray) -> np.ndarray:
         return np.diagonal(confusion, axis1=-2, axis2=-1) / confusion.sum(-1)
 
 
-def plain(values: np.ndarray):
+def listed(values: np.ndarray):
     """The same as lists of numbers, None for NaN, as JSON can hold them."""
-    return [plain(row) for row in values] if np.ndim(values) else None if np.isnan(values) else float(values)
+    return [listed(row) for row in values] if np.ndim(values) else None if np.isnan(values) else float(values)
 
 
 def metrics(confusion: np.ndarray) -> dict:
@@ -134,12 +135,13 @@ def metrics(confusion: np.ndarray) -> dict:
     f1 = 2 * np.diagonal(confusion) / np.where(occurs, support + predicted, 1)
     drawn = np.random.default_rng(0).multinomial(total, confusion.ravel() / total, RESAMPLES)
     drawn = drawn.reshape(-1, *confusion.shape)
-    interval = {"uar": np.nanmean(recalls(drawn), -1), "war": np.trace(drawn, axis1=1, axis2=2) / total}
-    return dict(uar=float(np.nanmean(recall)), war=float(np.trace(confusion) / total), recall=plain(recall),
-                **{f"{name}_interval": plain(np.quantile(values, (0.025, 0.975))) for name, values in interval.items()},
+    interval = {"uar_interval": np.nanmean(recalls(drawn), -1),
+                "war_interval": np.trace(drawn, axis1=1, axis2=2) / total}
+    return dict(uar=float(np.nanmean(recall)), war=float(np.trace(confusion) / total), recall=listed(recall),
+                **{name: listed(np.quantile(values, (0.025, 0.975))) for name, values in interval.items()},
                 macro_f1=float(f1[occurs].mean()), weighted_f1=float(f1 @ support / total),
                 majority_uar=1 / int((support > 0).sum()), majority_war=float(support.max() / total),
-                confusion=confusion.tolist(), by_row=plain(confusion / np.where(support, support, np.nan)[:, None]))
+                confusion=confusion.tolist(), by_row=listed(confusion / np.where(support, support, np.nan)[:, None]))
 
 
 def check_classes(model: S4D, samples: Samples) -> None:
@@ -203,7 +205,7 @@ def compare(name: str, scores: dict, classes: tuple[str, ...], title: str) -> st
     rows = [("Table II, the paper's own figures", [f"{paper} {key}" for paper in PAPER_SETS for key in ("UAR", "WAR")])]
     rows += [(method, row.split()) for method, row in TABLE_2.items()]
     rows += [(f"ours: {title}", sum([ours if paper == name else ["-", "-"] for paper in PAPER_SETS], [])
-              if name in PAPER_SETS else [*ours, f"(on {name}, which is not in the paper)"])]
+              if name in PAPER_SETS else [*ours, f" (UAR, WAR on {name}, which the paper has not)"])]
     recall, columns = dict(zip(classes, scores["recall"])), catalogue("dfew").classes
     if set(columns) == set(classes):
         rows += [("Table III (DFEW), the paper's own figures", columns)]
@@ -220,17 +222,6 @@ def trained_on(checkpoint: dict, samples: Samples) -> int:
     if trained.get("name") != samples.name:
         return 0
     return int(np.isin(samples.digests(), trained["digests"].numpy()).sum())
-
-
-def warn_of(checkpoint: dict, path: Path, samples: Samples, fold: int, report: "Report") -> None:
-    """Warnings where test samples differ from those recorded in training, or were trained on."""
-    recorded = checkpoint.get("data", {}).get("test", {}).get(samples.dataset.modality, {})
-    same = (recorded.get("name"), recorded.get("fold")) == (samples.name, fold)
-    if same and recorded["fingerprint"] != samples.fingerprint():
-        report.warn(f"the {len(samples)} test samples of {samples.name} are not the {recorded['samples']} of {path}'s "
-                    f"training: fingerprint {samples.fingerprint()}, recorded {recorded['fingerprint']}")
-    if trained_on(checkpoint, samples):
-        report.warn(f"{path} was trained on {trained_on(checkpoint, samples)} of the {len(samples)} test samples")
 
 
 def check_folds(paths: list[Path], name: str, data_root: Path) -> dict[int, Path]:
@@ -351,7 +342,7 @@ def heat_on(frames: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
 
 
 def attention_sheet(models: list[S4D], samples: Samples, run: Run) -> Image.Image:
-    """Fig. 6, a row per class: frames of its first clip, or its first images, and beside them each model's attention."""
+    """Fig. 6, a row per class: frames of its first clip or its first images, beside them each model's attention."""
     size, clips, blocks = models[0].size, samples.dataset.modality == "video", [[] for _ in range(1 + len(models))]
     data = TestData(samples, size)
     for label, name in enumerate(samples.dataset.classes):
@@ -419,7 +410,7 @@ def report_reconstructions(args, run: Run, path: Path, checkpoint: dict, report:
         ratio = trained.get(f"{source}_mask_ratio", MASK_RATIO[source])
         frames, loss, baseline = reconstruct(model, torch.stack([data[i][1][0] for i in index]), ratio, run)
         report.say(f"Reconstructions of stage 1, {name}", f"{path}, {ratio:.0%} masked, {len(index)} samples: loss "
-                   f"{loss:.4f}, of the mean patch {baseline:.4f}")
+                   f"{loss:.4f}; with each masked patch flat at its mean, {baseline:.4f}")
         report.results.setdefault("reconstruction", {})[name] = dict(loss=loss, mean_patch_loss=baseline)
         frames = [f[:, 0][::4][None] if source == "image" else f[:2, ::model.size.tubelet] for f in frames]
         rows = [(caption, f[i]) for i in range(len(frames[0]))
@@ -473,7 +464,8 @@ def media_data(files: list[Path], source: str, classes: list[str], size: Size, s
     data = TestData(samples, size)
     if crop:
         left, top, width, height = crop
-        data.resize = v2.Compose([lambda x: v2.functional.crop(x, top, left, height, width), data.resize])
+        data.resize = v2.Compose([partial(v2.functional.crop, top=top, left=left, height=height, width=width),
+                                  data.resize])
     return data
 
 
@@ -519,10 +511,10 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
         report.predictions(f"{source}s.csv", [data.samples], probabilities)
         results = report.results.setdefault("media", {})
         for number, (file, row) in enumerate(zip(mine, probabilities), start=1):
-            results[str(file)] = dict(prediction=classes[row.argmax()], probabilities=dict(zip(classes, plain(row))))
+            results[str(file)] = dict(prediction=classes[row.argmax()], probabilities=dict(zip(classes, listed(row))))
             if run.main and source == "video" and totals[file] > data.frames * stride:
                 middles, pictures, course = over_time(model, data, file, totals[file], run)
-                results[str(file)]["over_time"] = [dict(frame=int(frame), probabilities=plain(p))
+                results[str(file)]["over_time"] = [dict(frame=int(frame), probabilities=listed(p))
                                                    for frame, p in zip(middles, course)]
                 report.picture(f"time-{number}-{file.stem}.png", lambda: curves(
                     f"{file.name}: probability of each class, from 0 to 1, in {data.frames} frames at stride {stride}",
@@ -626,7 +618,7 @@ def confusion_picture(title: str, scores: dict, classes: list[str]) -> Image.Ima
     """Fig. 7: per cent of the true class, over counts."""
     share = 100 * np.array(scores["by_row"], float)                         # None becomes NaN
     cells = [[f"{p:.1f}\n({count})" for p, count in zip(*row)] for row in zip(share, scores["confusion"])]
-    return heat_map(f"Fig. 7, {title}: UAR {scores['uar']:.4f}, WAR {scores['war']:.4f}\nrows: true class, columns: "
+    return heat_map(f"Fig. 7, {title}\nUAR {scores['uar']:.4f}, WAR {scores['war']:.4f}; rows: true class, columns: "
                     "predicted; per cent of the row (samples)", share, classes, classes, high=100, cells=cells)
 
 
@@ -670,13 +662,24 @@ class Report:
                              for pair, row in zip(labelled, probabilities))
         self.lines += [f"[{name}]({name})"]
 
+    def scores(self, args, title: str, name: str, folds: list[Samples], probabilities: np.ndarray,
+               scores: dict) -> None:
+        """A data set's scores in every form."""
+        dataset, self.results[name] = folds[0].dataset, scores
+        self.say(title, table(scores, dataset.classes))
+        self.predictions(f"predictions-{name}.csv", folds, probabilities)
+        if args.report:
+            self.picture(f"confusion-{name}.png", lambda: confusion_picture(title, scores, dataset.classes))
+        if args.compare and dataset.modality == "video":
+            self.say("Beside the paper's", compare(folds[0].name, scores, dataset.classes, title.split(":")[0]))
+
     def close(self) -> None:
         if not self.main:
             return
         (self.folder / "evaluation.json").write_text(json.dumps(self.results, indent=1) + "\n")
         if self.index:
             (self.folder / "README.md").write_text("\n\n".join(self.lines) + "\n", "utf-8", "surrogateescape")
-        print(f"\nwritten to {self.folder}")
+        print(f"\nwritten to {os.path.relpath(self.folder)}")
 
 
 def fine_tuned(checkpoint: dict, path: Path, run: Run, dataset: str | None) -> S4D:
@@ -692,35 +695,46 @@ def fine_tuned(checkpoint: dict, path: Path, run: Run, dataset: str | None) -> S
     return model.to(run.device).eval()
 
 
+def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: str, fold: int,
+               report: Report) -> tuple[Samples, Observed, dict]:
+    """A pass over a test set and the scores, with warnings where its samples are not those that training recorded, or
+    were trained on."""
+    samples = load_samples(name, args.data_root, "test", fold)
+    source = samples.dataset.modality
+    check_classes(model, samples)
+    recorded = checkpoint.get("data", {}).get("test", {}).get(source, {})
+    same = (recorded.get("name"), recorded.get("fold")) == (name, fold)
+    if same and recorded["fingerprint"] != samples.fingerprint():
+        report.warn(f"the {len(samples)} test samples of {name} are not the {recorded['samples']} {path} recorded: "
+                    f"fingerprint {samples.fingerprint()}, recorded {recorded['fingerprint']}")
+    if trained_on(checkpoint, samples):
+        report.warn(f"{path} was trained on {trained_on(checkpoint, samples)} of the {len(samples)} test samples")
+    observed = observe(model, TestData(samples, model.size), run, args.workers, args.batch_size)
+    scores = scores_of(samples, observed.probabilities[source])
+    return samples, observed, dict(scores, fold=fold, samples=len(samples), checkpoint=str(path))
+
+
 def report_folds(args, run: Run, report: Report) -> None:
     """DFEW's and MAFW's protocol (Section IV-A): the predictions of all folds concatenated."""
     ensure_synthetic([args.dataset], args.data_root, run)
-    classes, lines, tested, probabilities, scores = catalogue(args.dataset).classes, [], [], [], []
+    classes, tested, probabilities, scores, lines = catalogue(args.dataset).classes, [], [], [], []
     for fold, path in check_folds(args.folds, args.dataset, args.data_root).items():
         checkpoint = read_checkpoint(path)
-        model, samples = fine_tuned(checkpoint, path, run, args.dataset), load_samples(
-            args.dataset, args.data_root, "test", fold)
-        check_classes(model, samples)
-        warn_of(checkpoint, path, samples, fold, report)
-        observed = observe(model, TestData(samples, model.size), run, args.workers, args.batch_size)
+        model = fine_tuned(checkpoint, path, run, args.dataset)
+        if "data" not in checkpoint:
+            report.warn(f"{path} does not say which samples it was trained on: only its fold was checked")
+        samples, observed, score = score_fold(args, run, path, checkpoint, model, args.dataset, fold, report)
         tested.append(samples)
         probabilities.append(observed.probabilities[samples.dataset.modality])
-        scores.append(dict(scores_of(samples, probabilities[-1]), fold=fold, samples=len(samples),
-                           checkpoint=str(path)))
-        lines.append(f"fold {fold:<14} UAR {scores[-1]['uar']:.4f}  WAR {scores[-1]['war']:.4f}   {len(samples)} test "
-                     f"samples, {path}")
+        scores.append(score)
+        lines.append(f"fold {fold:<14} UAR {score['uar']:.4f}  WAR {score['war']:.4f}   {len(samples)} test samples, "
+                     f"{path}")
     together = join_folds(tested, probabilities, scores)
     for what in ("mean", "deviation")[:len(scores)]:
         lines.append(f"{what:19} UAR {together[f'uar_{what}']:.4f}  WAR {together[f'war_{what}']:.4f}")
-    report.say(f"{args.dataset}, {len(scores)} folds", "\n".join(lines))
-    report.say(f"{args.dataset}: {together['samples']} predictions of {len(scores)} folds concatenated",
-               table(together, classes))
-    report.predictions(f"predictions-{args.dataset}.csv", tested, np.concatenate(probabilities))
-    report.results[args.dataset] = together
-    if args.report:
-        report.picture("confusion.png", lambda: confusion_picture(f"{args.dataset}, all folds", together, classes))
-    if args.compare:
-        report.say("Beside the paper's", compare(args.dataset, together, classes, f"{len(scores)} folds"))
+    report.say(f"{args.dataset}, each of {len(scores)} folds", "\n".join(lines))
+    report.scores(args, f"{args.dataset}, {len(scores)} folds concatenated", args.dataset, tested,
+                  np.concatenate(probabilities), together)
 
 
 def report_model(args, run: Run, path: Path, checkpoint: dict, model: S4D, report: Report, number: str) -> dict:
@@ -734,22 +748,13 @@ def report_model(args, run: Run, path: Path, checkpoint: dict, model: S4D, repor
     tested, seen = {}, {}
     for name in datasets:
         fold = args.fold if args.fold is not None else trained.get("fold", 1) if catalogue(name).folds > 1 else 1
-        samples = load_samples(name, args.data_root, "test", fold)
-        check_classes(model, samples)
-        warn_of(checkpoint, path, samples, fold, report)
-        source, classes = samples.dataset.modality, samples.dataset.classes
-        observed = observe(model, TestData(samples, model.size), run, args.workers, args.batch_size)
+        samples, observed, scores = score_fold(args, run, path, checkpoint, model, name, fold, report)
+        source = samples.dataset.modality
         tested[source], seen[source] = samples, observed
-        scores = scores_of(samples, observed.probabilities[source])
-        report.results[name + number] = dict(scores, fold=fold, samples=len(samples), checkpoint=str(path))
-        title = name + (f", fold {fold}" if catalogue(name).folds > 1 else "")
         epoch = f" after epoch {checkpoint['progress']['epoch']}" if "progress" in checkpoint else ""
-        report.say(f"{title}: {len(samples)} test samples, {path}{epoch}", table(scores, classes))
-        report.predictions(f"predictions-{name}{number}.csv", [samples], observed.probabilities[source])
-        if args.compare:
-            report.say("Beside the paper's", compare(name, scores, classes, title))
-        if args.report:
-            report.picture(f"confusion-{name}{number}.png", lambda: confusion_picture(title, scores, classes))
+        title = name + (f", fold {fold}" if catalogue(name).folds > 1 else "")
+        report.scores(args, f"{title}: {len(samples)} test samples, {path}{epoch}", name + number, [samples],
+                      observed.probabilities[source], scores)
     if args.report:
         report_tasks(model, tested, seen, report, number)
     return tested
@@ -777,7 +782,7 @@ def report_tasks(model: S4D, tested: dict[str, Samples], seen: dict[str, Observe
         order = shared_classes(rows, columns)[1]                            # so that the same classes are a diagonal
         order += [j for j in range(len(columns)) if j not in order]
         similarity, columns = cosine_similarity(centres[0], centres[1][order]), [columns[j] for j in order]
-        report.results[f"similarity{number}"] = dict(rows=rows, columns=columns, values=plain(similarity))
+        report.results[f"similarity{number}"] = dict(rows=rows, columns=columns, values=listed(similarity))
         title = f"Fig. 4: cosine similarity of class centres, {tested['video'].name} (rows), {tested['image'].name}"
         report.say(title, "\n".join([" " * 16 + "".join(name.rjust(15) for name in columns)] + [
             f"{name:16}" + "".join(f"{value:15.3f}" for value in row) for name, row in zip(rows, similarity)]))
@@ -796,7 +801,7 @@ def report_experts(model: S4D, tested: dict[str, Samples], seen: dict[str, Obser
     for source, samples in tested.items():
         share = seen[source].activation / seen[source].activation.sum(1, keepdims=True)
         paths = [("-".join(experts[i] for i in path), part) for path, part in frequent_paths(seen[source].paths)]
-        report.results[samples.name + number] |= dict(activation=plain(share), paths=paths)
+        report.results[samples.name + number] |= dict(activation=listed(share), paths=paths)
         rows += [f"{samples.name}, layer {layer}" for layer in layers]
         activation += [*share]
         lines += [f"{row:32}" + "".join(f"{value:7.3f}" for value in values)
@@ -812,6 +817,8 @@ def report_checkpoints(args, run: Run, checkpoints: dict[Path, dict], report: Re
     """Fine-tuned checkpoints: own media, or the test data and, for a report, everything else."""
     models = {path: fine_tuned(checkpoint, path, run, args.dataset) for path, checkpoint in checkpoints.items()}
     first, checkpoint = next(iter(checkpoints.items()))
+    if len({model.size for model in models.values()}) > 1:
+        raise CheckpointError(f"{' and '.join(map(str, models))} are of different sizes: evaluate them one by one")
     if args.media and not args.report:
         return report_media(args, run, models[first], checkpoint, args.media, report)
     tested = [report_model(args, run, path, checkpoints[path], model, report, f"-{i + 1}" if i else "")
@@ -828,7 +835,7 @@ def report_checkpoints(args, run: Run, checkpoints: dict[Path, dict], report: Re
             raise CheckpointError(f"{pretrained} is of stage 2")
         report_reconstructions(args, run, Path(pretrained), stage_1, report)
     except (CheckpointError, DataError) as error:
-        report.warn(f"no reconstructions of stage 1 (--pretrained {pretrained}): {error}")
+        report.warn(f"left out, reconstructions of stage 1 (trained with --pretrained {pretrained}): {error}")
     if args.media or "video" in tested:
         report_media(args, run, models[first], checkpoint, args.media or [tested["video"].path(0)], report)
 
@@ -873,13 +880,13 @@ def main() -> None:
     paths = args.checkpoint or args.folds
     checkpoint = read_checkpoint(paths[0])
     run = start(checkpoint["architecture"]["size"])
-    folder = args.report or args.output or Path(os.path.commonpath([path.parent for path in paths]))
-    if args.media and folder == paths[0].parent:
+    folder = args.report or args.output or Path(os.path.commonpath([path.parent.absolute() for path in paths]))
+    if args.media and not (args.report or args.output):
         folder /= "media"                   # the run's own evaluation.json stays
     report = Report(run, folder, bool(args.report), f"What {', '.join(map(str, paths))} can do")
     if args.folds:
         report_folds(args, run, report)
-    elif checkpoint["stage"] == "pretrain" and args.report:
+    elif checkpoint["stage"] == "pretrain" and args.report and len(paths) == 1 and not args.media:
         report_reconstructions(args, run, paths[0], checkpoint, report)
     else:
         report_checkpoints(args, run, {path: read_checkpoint(path) for path in paths}, report)
