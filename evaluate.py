@@ -85,8 +85,7 @@ def observe(model: S4D, data: TestData, run: Run, workers: int, batch: int = 16)
         if gates:
             chosen = torch.stack(gates).flatten(1, 2)                       # (L, B v N, E)
             rows["activation"] += (chosen > 0).sum(1).cpu()
-            path, count = chosen.argmax(-1).T.unique(dim=0, return_counts=True)
-            paths.update(dict(zip(map(tuple, path.tolist()), count.tolist())))
+            paths.update(zip(*chosen.argmax(-1).tolist()))
     for hook in hooks:
         hook.remove()
     if run.world > 1:
@@ -287,18 +286,9 @@ def cross_task(samples: Samples, probabilities: np.ndarray, classes: list[str]) 
     return dict(scores, samples=int(kept.sum()), classes=[samples.dataset.classes[i] for i in ours])
 
 
-def class_centres(features: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+def class_centres(features: np.ndarray, labels: np.ndarray, classes: int) -> torch.Tensor:
     """Mean features (C, d) of each class, NaN for a class without samples."""
-    sums = np.zeros((classes, features.shape[1]))
-    np.add.at(sums, labels, features)
-    count = np.bincount(labels, minlength=classes)[:, None]
-    return sums / np.where(count, count, np.nan)
-
-
-def cosine_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(C, d), (C', d) -> (C, C')."""
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    return a @ b.T
+    return torch.stack([torch.from_numpy(features[labels == c]).mean(0) for c in range(classes)])
 
 
 def frequent_paths(paths: Counter, most: int = 10) -> list[tuple[tuple[int, ...], float]]:
@@ -777,11 +767,12 @@ def report_tasks(model: S4D, tested: dict[str, Samples], seen: dict[str, Observe
         report.say("Table IX: each head on the other task's data", "\n".join(lines))
     if len(tested) == 2:
         rows, columns = (list(tested[source].dataset.classes) for source in ("video", "image"))
-        centres = [class_centres(seen[source].features, tested[source].labels, len(classes))
-                   for source, classes in (("video", rows), ("image", columns))]
+        clips, images = (class_centres(seen[source].features, samples.labels, len(samples.dataset.classes))
+                         for source, samples in sorted(tested.items(), reverse=True))
         order = shared_classes(rows, columns)[1]                            # so that the same classes are a diagonal
         order += [j for j in range(len(columns)) if j not in order]
-        similarity, columns = cosine_similarity(centres[0], centres[1][order]), [columns[j] for j in order]
+        columns = [columns[j] for j in order]
+        similarity = F.cosine_similarity(clips[:, None], images[None, order], dim=-1).numpy()
         report.results[f"similarity{number}"] = dict(rows=rows, columns=columns, values=listed(similarity))
         title = f"Fig. 4: cosine similarity of class centres, {tested['video'].name} (rows), {tested['image'].name}"
         report.say(title, "\n".join([" " * 16 + "".join(name.rjust(15) for name in columns)] + [
