@@ -105,10 +105,11 @@ def test_intervals_are_those_of_resampled_predictions():
     assert metrics(np.diag([5, 1, 0]))["uar_interval"] == [1, 1], "nothing to resample"
 
 
-def test_rows_of_the_confusion_matrix_are_shares():
+def test_rows_are_shares_and_the_majority_is_of_the_labels():
     scores = metrics(np.array([[3, 1, 0], [0, 0, 0], [0, 5, 5]]))
     assert scores["by_row"] == [[0.75, 0.25, 0], [None] * 3, [0, 0.5, 0.5]]
     assert scores["confusion"] == [[3, 1, 0], [0, 0, 0], [0, 5, 5]]
+    assert scores["majority_war"] == 10 / 14 and scores["majority_uar"] == 1 / 2
 
 
 def test_of_equally_probable_classes_the_first_is_predicted(faces):
@@ -362,6 +363,7 @@ def test_folds_that_do_not_belong_together_are_refused(runs, faces, tmp_path):
     trained_on_test = save(tmp_path / "fold5/best.pt", fold=5, data=dict(train=dict(video=record)))
     assert trained_on(torch.load(trained_on_test), leaky) == 3
     assert trained_on(torch.load(trained_on_test), load_samples("synthetic", faces, "test", 4)) == 0
+    assert trained_on(torch.load(trained_on_test), replace(leaky, name="dfew")) == 0, "its 00001 is another clip"
     for given, expected in ((folds[:4], "lacks fold 5 of synthetic"),
                             (folds + folds[:1], "fold 1 of synthetic is given twice"),
                             (folds[:4] + [trained_on_test], "was trained on 3 of the 7 test samples")):
@@ -414,7 +416,8 @@ def test_two_processes_write_the_report_of_one(runs, faces):
     assert results["synthetic"]["image_head"]["samples"] == 7
     assert results["synthetic-images-2"]["video_head"]["samples"] == 14
     assert results["similarity"]["columns"] == ["happy", "sad", "neutral", "anger", "surprise", "disgust", "fear"]
-    assert results["similarity"]["values"][1][5] == pytest.approx(similarity_of(runs, faces, "sad", "disgust"), abs=0.02)
+    assert results["similarity"]["values"][1][5] == pytest.approx(
+        similarity_of(runs, faces, "sad", "disgust"), abs=0.02)
     assert 0.9 < results["reconstruction"]["synthetic-images"]["mean_patch_loss"] < 1
     index = (runs / "report1/README.md").read_text()
     pictures = [name for name in written if name.endswith(".png")]
