@@ -17,10 +17,10 @@ from PIL import Image
 import data
 import evaluate
 from data import DataError, load_samples, read_clip, read_image, to_float
-from evaluate import (attention, box, class_centres, colours, compare, confusion_matrix, cross_task,
+from evaluate import (attention, box, class_centres, colours, compare, confusion_matrix, cross_task, frames_in,
                       frequent_paths, join_folds, media_data, media_files, metrics, observe, over_time, reconstruct,
                       scores_of, trained_on, unpatchify)
-from model import SIZES, MaskedAutoencoder, S4D, normalised_target, patchify
+from model import S4D, MaskedAutoencoder, normalised_target, patchify
 from pretrain import Run, write
 
 CPU = Run(0, 1, torch.device("cpu"), torch.float32)
@@ -453,17 +453,14 @@ def test_own_media_of_every_kind(runs, faces, tmp_path):
     assert len([name for name in os.listdir(tmp_path / "out") if name.startswith("time-")]) == 2
 
 
-def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, faces, tmp_path, monkeypatch, capsys):
+def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, faces, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     clip = load_samples("synthetic", faces, "test").path(0)
-    for arguments, expected in (([clip, "--crop", "40,0,40,20"], "64 x 64 pixels, does not hold --crop 40,0,40,20"),
-                                ([clip, tmp_path / "lost.mp4"], "lost.mp4"),
-                                ([clip, tmp_path / "broken.mp4"], "broken.mp4 cannot be decoded")):
-        command = ["evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", tmp_path / "out", *arguments]
-        monkeypatch.setattr("sys.argv", list(map(str, command)))
-        with pytest.raises(DataError, match=expected):
-            evaluate.main()
-        assert not os.listdir(tmp_path / "out") and not capsys.readouterr().out
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", "out", clip,
+                       "broken.mp4", status=1)
+    assert "broken.mp4 cannot be decoded" in text and "Traceback" not in text and not os.listdir(tmp_path / "out")
+    with pytest.raises(DataError, match=f"{clip}, 64 x 64 pixels, does not hold --crop 40,0,40,20"):
+        frames_in(clip, "video", (40, 0, 40, 20))
 
 
 def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, faces, tmp_path):
