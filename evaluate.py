@@ -563,8 +563,8 @@ def heat_map(title: str, values: np.ndarray, rows: list[str], columns: list[str]
             x, y = left + j * width, top + i * height
             colour = colours(share, DARK).astype(int)
             draw.rectangle((x, y, x + width - 2, y + height - 2), tuple(colour.tolist()))
-            draw.multiline_text((x + width / 2, y + height / 2), text, "white" if colour.sum() < 420 else "black", FONT,
-                                anchor="mm", align="center", spacing=LINE - 14)
+            draw.multiline_text((x + width / 2, y + height / 2), text.replace("nan", "-"), anchor="mm", align="center",
+                                fill="white" if colour.sum() < 480 else "black", font=FONT, spacing=LINE - 14)
     scale = colours(np.linspace(1, 0, bottom - top)[:, None], DARK).repeat(14, 1).astype(np.uint8)
     sheet.paste(Image.fromarray(scale), (right + 10, top))
     for value, y in ((high, top + 6), ((low + high) / 2, (top + bottom) // 2), (low, bottom - 8)):
@@ -668,6 +668,7 @@ class Report:
             return
         (self.folder / "evaluation.json").write_text(json.dumps(self.results, indent=1) + "\n")
         if self.index:
+            self.lines += ["All numbers: [evaluation.json](evaluation.json)"]
             (self.folder / "README.md").write_text("\n\n".join(self.lines) + "\n", "utf-8", "surrogateescape")
         print(f"\nwritten to {os.path.relpath(self.folder)}")
 
@@ -868,6 +869,8 @@ def main() -> None:
         p.error("--folds expects --dataset, and no FILE")
     if args.crop and not args.media:
         p.error("--crop cuts the face out of FILE, which is missing")
+    if args.report and (args.report / "README.md").exists() and not (args.report / "evaluation.json").exists():
+        p.error(f"--report {args.report}: the README.md there is not a report's; give another folder")
     paths = args.checkpoint or args.folds
     checkpoint = read_checkpoint(paths[0])
     run = start(checkpoint["architecture"]["size"])

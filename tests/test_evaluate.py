@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import ROOT, run_command
 from PIL import Image
 
 import data
@@ -477,6 +477,7 @@ def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, faces, tmp_p
     ([], "expected --checkpoint, once or twice, or --folds"),
     (["--folds", "a.pt"], "--folds expects --dataset"),
     (["--checkpoint", "a.pt", "--crop", "1,2,3,4"], "--crop cuts the face out of FILE"),
+    (["--checkpoint", "a.pt", "--report", str(ROOT)], "the README.md there is not a report's"),
     (["--checkpoint", "a.pt", "--crop", "1,2,3", "clip.mp4"], "expected x,y,w,h")])
 def test_wrong_commands_say_what_they_expect(monkeypatch, capsys, arguments, expected):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
