@@ -493,8 +493,8 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
         classes = model.architecture[f"{source}_classes"]
         data = media_data(mine, source, classes, model.size, stride, args.crop)
         probabilities = observe(model, data, run, args.workers, args.batch_size).probabilities[source]
-        note = "" if source == "image" else f", two clips of {data.frames} frames at stride {stride} each" + (
-            f" as in {trained}" if trained != "none" else "")
+        note = f", two clips of {data.frames} frames at stride {stride} each" if source == "video" else ""
+        note += f" as in {trained}" if note and trained != "none" else ""
         lines = [f"{file}: " + ", ".join(f"{classes[c]} {row[c]:.4f}" for c in (-row).argsort(kind="stable"))
                  for file, row in zip(mine, probabilities)]
         report.say(f"Own {source}s: {len(mine)}{note}", "\n".join(lines))
@@ -588,7 +588,7 @@ def curves(title: str, x: np.ndarray, pictures: torch.Tensor, y: np.ndarray, nam
         image = Image.fromarray(pictures[i].permute(1, 2, 0).numpy()).resize((thumbnail - 4,) * 2)
         sheet.paste(image, (int(middle) - thumbnail // 2 + 2, 2))
         draw.text((middle, thumbnail + panel * len(names) + 14), str(x[i]), "black", FONT, anchor="mm")
-    at = np.interp(x, x[place], across) if shown > 1 else across
+    at = np.interp(x, x[place], across)
     for c, name in enumerate(names):
         floor = thumbnail + panel * (c + 1)
         heights = floor - y[:, c] * (panel - 8)
