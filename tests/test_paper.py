@@ -12,7 +12,7 @@ import evaluate
 import finetune
 import model
 import pretrain
-from evaluate import predict
+from evaluate import observe
 from model import CheckpointError, MaskedAutoencoder, MoE, S4D, initialise, load_checkpoint, read_checkpoint
 
 CLASSES = ["calm", "glad", "sad"]
@@ -125,7 +125,8 @@ def test_evaluation_is_deterministic_and_the_batch_size_does_not_matter(faces):
     s4d = S4D("tiny", data.AFFECTNET_7.classes, data.DFEW.classes)
     samples = data.load_samples("synthetic", faces, "test", 1)
     run = pretrain.Run(0, 1, torch.device("cpu"), torch.float32)
-    one, two, single = (predict(s4d, samples, run, 0, batch) for batch in (32, 32, 1))
+    one, two, single = (observe(s4d, data.TestData(samples, s4d.size), run, 0, batch).probabilities["video"]
+                        for batch in (32, 32, 1))
     assert (one == two).all()
     assert (one.argmax(1) == single.argmax(1)).all() and abs(one - single).max() < 1e-5
 

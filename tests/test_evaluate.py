@@ -1,0 +1,486 @@
+"""evaluate.py: every number against plain Python and numpy on small cases, then the real commands: folds, reports by
+one process and by two, own media."""
+import argparse
+import csv
+import filecmp
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_command
+from PIL import Image
+
+import data
+import evaluate
+from data import DataError, load_samples, read_clip, read_image, to_float
+from evaluate import (attention, box, class_centres, colours, compare, confusion_matrix, cross_task, frames_in,
+                      frequent_paths, join_folds, media_data, media_files, metrics, observe, over_time, reconstruct,
+                      scores_of, trained_on, unpatchify)
+from model import S4D, MaskedAutoencoder, normalised_target, patchify
+from pretrain import Run, write
+
+CPU = Run(0, 1, torch.device("cpu"), torch.float32)
+CLIP_CLASSES = ["happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"]
+IMAGE_CLASSES = ["neutral", "happy", "sad", "surprise", "fear", "disgust", "anger"]
+
+
+# ------------------------------------------------------------------------------------------------ numbers, by hand
+
+def plain_scores(labels, predictions, classes):
+    """UAR, WAR, macro and weighted F1 from their definitions."""
+    recalls, f1, weighted = [], [], 0
+    for c in range(classes):
+        hits = sum(label == c == p for label, p in zip(labels, predictions))
+        support, predicted = labels.count(c), predictions.count(c)
+        if support:
+            recalls.append(hits / support)
+        if support or predicted:
+            precision, recall = hits / max(predicted, 1), hits / max(support, 1)
+            f1.append(2 * precision * recall / (precision + recall) if hits else 0)
+            weighted += f1[-1] * support
+    hits = sum(label == p for label, p in zip(labels, predictions))
+    return sum(recalls) / len(recalls), hits / len(labels), sum(f1) / len(f1), weighted / len(labels)
+
+
+def scores_in_order(labels, predictions, classes):
+    scores = metrics(confusion_matrix(np.array(labels), np.array(predictions), classes))
+    return [scores[name] for name in ("uar", "war", "macro_f1", "weighted_f1")]
+
+
+@pytest.mark.parametrize("labels, predictions, classes", [
+    ([0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 0, 2], 3),
+    ([0, 0, 1], [0, 3, 1], 4),              # 2 neither occurs nor is predicted, 3 is only predicted
+    ([1], [1], 3), ([1], [0], 3),           # one sample
+    ([0, 1, 0, 1], [0, 0, 0, 0], 2)])       # 1 is never predicted
+def test_scores_are_those_of_their_definitions(labels, predictions, classes):
+    assert scores_in_order(labels, predictions, classes) == pytest.approx(plain_scores(labels, predictions, classes))
+
+
+def drawn(seed, n, classes):
+    """Labels and predictions that are right half of the time, the same with any version of anything."""
+    numbers, state = [], seed
+    for _ in range(3 * n):
+        state = (1103515245 * state + 12345) % 2 ** 31
+        numbers.append(state >> 16)
+    labels = [number % classes for number in numbers[:n]]
+    guesses = [number % classes for number in numbers[n:2 * n]]
+    return labels, [guess if coin % 2 else label for label, guess, coin in zip(labels, guesses, numbers[2 * n:])]
+
+
+# balanced_accuracy_score, accuracy_score and f1_score (macro, weighted) of scikit-learn 1.9.1 for drawn(*arguments)
+SCIKIT_LEARN = {(1, 200, 7): (0.538948, 0.54, 0.536563, 0.541259), (2, 60, 11): (0.437013, 0.416667, 0.396081, 0.38838),
+                (3, 9, 5): (0.75, 0.888889, 0.666667, 0.851852), (4, 1, 4): (0, 0, 0, 0)}
+
+
+@pytest.mark.parametrize("arguments", SCIKIT_LEARN)
+def test_scores_are_scikit_learns(arguments):
+    assert scores_in_order(*drawn(*arguments), arguments[2]) == pytest.approx(SCIKIT_LEARN[arguments], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")       # it warns of classes that are only predicted
+def test_scores_are_those_of_the_installed_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    for seed in range(20):
+        labels, predictions = drawn(seed, 5 + 10 * seed, 2 + seed % 10)
+        assert scores_in_order(labels, predictions, 2 + seed % 10) == pytest.approx([
+            sklearn.balanced_accuracy_score(labels, predictions), sklearn.accuracy_score(labels, predictions),
+            sklearn.f1_score(labels, predictions, average="macro"),
+            sklearn.f1_score(labels, predictions, average="weighted")])
+
+
+def test_intervals_are_those_of_resampled_predictions():
+    labels, predictions = map(np.array, drawn(5, 120, 4))
+    scores, rng = metrics(confusion_matrix(labels, predictions, 4)), np.random.default_rng(1)
+    resampled = []
+    for _ in range(2000):
+        index = rng.integers(120, size=120)
+        resampled.append(plain_scores(labels[index].tolist(), predictions[index].tolist(), 4)[:2])
+    for name, values in zip(("uar", "war"), np.transpose(resampled)):
+        assert scores[f"{name}_interval"] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.015)
+        assert scores[f"{name}_interval"][0] < scores[name] < scores[f"{name}_interval"][1]
+    assert metrics(np.diag([5, 1, 0]))["uar_interval"] == [1, 1], "nothing to resample"
+
+
+def test_rows_are_shares_and_the_majority_is_of_the_labels():
+    scores = metrics(np.array([[3, 1, 0], [0, 0, 0], [0, 5, 5]]))
+    assert scores["by_row"] == [[0.75, 0.25, 0], [None] * 3, [0, 0.5, 0.5]]
+    assert scores["confusion"] == [[3, 1, 0], [0, 0, 0], [0, 5, 5]]
+    assert scores["majority_war"] == 10 / 14 and scores["majority_uar"] == 1 / 2
+
+
+def test_of_equally_probable_classes_the_first_is_predicted(faces):
+    samples = load_samples("synthetic", faces, "test")
+    tie = scores_of(samples, np.full((len(samples), 7), 1 / 7))
+    assert np.array(tie["confusion"])[:, 0].sum() == len(samples) and tie["uar"] == pytest.approx(1 / 7)
+
+
+def test_folds_of_different_sizes_are_concatenated_not_averaged(faces):
+    samples = load_samples("synthetic", faces, "test")
+    folds = [replace(samples, names=samples.names[:n], labels=np.array([0, 1, 1][:n])) for n in (1, 3)]
+    chosen = [[0], [1, 1, 0]]
+    probabilities = [np.eye(7)[index] for index in chosen]
+    together = join_folds(folds, probabilities, [scores_of(*pair) for pair in zip(folds, probabilities)])
+    assert together["war"] == 2 / 4 and together["uar"] == (1 / 2 + 1 / 2) / 2 and together["samples"] == 4
+    assert together["war_mean"] == pytest.approx((1 + 1 / 3) / 2)
+    assert together["uar_mean"] == pytest.approx((1 + (0 + 1 / 2) / 2) / 2)
+    assert together["war_deviation"] == pytest.approx(np.sqrt(2 * (1 / 3) ** 2))   # each 1/3 from the mean, n - 1 = 1
+    assert join_folds(folds[:1], probabilities[:1], [scores_of(folds[0], probabilities[0])])["war_deviation"] is None
+
+
+def test_cross_task_compares_by_name_the_classes_that_both_have(faces):
+    samples = load_samples("synthetic", faces, "test")
+    samples = replace(samples, names=samples.names[:4], labels=np.array([1, 3, 5, 0]))  # sad, angry, disgust, happy
+    theirs = ["anger", "contempt", "sadness", "happiness"]
+    probabilities = np.array([[0.1, 0.7, 0.2, 0.0], [0.4, 0.1, 0.3, 0.2], [1.0, 0, 0, 0], [0.2, 0.5, 0.3, 0.0]])
+    scores = cross_task(samples, probabilities, theirs)  # contempt is no choice, disgust is left out
+    assert scores["classes"] == ["happy", "sad", "angry"] and scores["samples"] == 3
+    assert scores["confusion"] == [[0, 1, 0], [0, 1, 0], [0, 0, 1]] and scores["uar"] == pytest.approx(2 / 3)
+    assert cross_task(samples, probabilities[:, :1], ["boredom"]) is None
+
+
+def test_class_centres_are_means():
+    features, labels = np.random.default_rng(0).normal(size=(6, 5)), np.array([0, 0, 2, 2, 2, 0])
+    centres = class_centres(features, labels, 3).numpy()
+    assert centres[0] == pytest.approx(sum(features[i] for i in (0, 1, 5)) / 3)
+    assert np.isnan(centres[1]).all() and not np.isnan(centres[2]).any(), "a class without samples has no centre"
+
+
+def test_equally_frequent_paths_come_in_the_experts_order():
+    paths = Counter({(1, 0): 3, (0, 2): 3, (2, 2): 4})
+    assert frequent_paths(paths, most=2) == [((2, 2), 0.4), ((0, 2), 0.3)]
+
+
+def test_a_pass_yields_what_each_sample_alone_gives(faces):
+    torch.manual_seed(0)
+    model = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES).eval()
+    tested = data.TestData(load_samples("synthetic", faces, "test"), model.size)
+    seen = observe(model, tested, CPU, workers=0, batch=3)
+    counts, paths = np.zeros((2, 8)), Counter()
+    for i in range(len(tested)):
+        _, views, _ = tested[i]
+        probabilities, features = 0, 0
+        for clip in views:
+            x = model.patch_embed(patchify(to_float(clip[None]), model.size)) + model.positions
+            path = []
+            for block in model.blocks:
+                if block.moe_layer is not None:
+                    logits = block.moe_layer.router.topkroute_linear(block.norm2(x + block.attn(block.norm1(x))))[0]
+                    chosen = logits.argsort(-1, descending=True)[:, :2]
+                    counts[len(path)] += np.bincount(chosen.flatten(), minlength=8)
+                    path.append(chosen[:, 0].tolist())
+                x = block(x)
+            paths.update(zip(*path))
+            representation = model.fc_norm(x.mean(1))
+            features = features + representation.detach()[0].numpy() / 2
+            probabilities = probabilities + model.head["image"](representation).softmax(-1).detach()[0].numpy() / 2
+        assert seen.features[i] == pytest.approx(features, abs=1e-4)
+        assert seen.probabilities["image"][i] == pytest.approx(probabilities, abs=1e-4), "the other task's head"
+    assert abs(seen.activation - counts).max() <= 2 and seen.activation.sum() == counts.sum()  # rounding may tie gates
+    assert paths.total() == seen.paths.total() == 7 * 2 * 288 and (paths - seen.paths).total() <= 4
+
+
+def test_attention_follows_the_layers_back():
+    torch.manual_seed(0)
+    model = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(2)              # far from even attention
+    images = torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8)
+    x = model.patch_embed(patchify(to_float(images), model.size)) + model.positions[:36]
+    mixed = torch.eye(36).repeat(2, 1, 1)
+    for block in model.blocks:
+        mixed = (block.attn.weights(block.norm1(x)).mean(1) + torch.eye(36)) / 2 @ mixed
+        x = block(x)
+    received = attention(model, images, CPU)
+    assert received.shape == (2, 1, 6, 6)
+    assert torch.allclose(received.flatten(1), 36 * mixed.mean(1), atol=1e-4) and received.std() > 0.05
+
+
+def test_reconstruction_of_a_perfect_model_is_the_original(monkeypatch):
+    torch.manual_seed(0)
+    model, clip = MaskedAutoencoder("tiny"), torch.randint(256, (2, 16, 3, 48, 48), dtype=torch.uint8)
+    assert torch.equal(unpatchify(patchify(to_float(clip), model.size), model.size), clip)
+    patches = patchify(to_float(clip), model.size)
+    mask = torch.rand(2, 288).argsort(1) < 200
+    target = normalised_target(patches[mask].unflatten(0, (2, 200)))[0]
+    monkeypatch.setattr(model, "forward", lambda x, mask_ratio: (torch.zeros(()), target, mask))
+    (original, masked, pasted), loss, baseline = reconstruct(model, clip, 0.7, CPU)
+    assert torch.equal(original, clip) and (pasted.int() - clip.int()).abs().max() <= 1 and loss == 0
+    grey = to_float(masked).abs().flatten(1).max(1).values
+    assert torch.equal(patchify(to_float(masked), model.size)[~mask], patches[~mask]), "visible patches stay"
+    assert patchify(to_float(masked), model.size)[mask].abs().max() < 0.02 < grey.min(), "masked ones are one grey"
+    errors = []                             # of a patch that is its own mean colour, as in Section III-B
+    for patch in patches[mask].unflatten(-1, (-1, 3)).double().numpy() * np.array([0.229, 0.224, 0.225]):
+        errors.append((patch - patch.mean(0)) ** 2 / (patch.var(0, ddof=1) + 1e-6))
+    assert baseline == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_the_papers_own_rows_are_consistent_and_ours_stands_below():
+    scores = metrics(np.diag([1, 2, 3, 4, 5, 6, 7]) + np.eye(7, k=1, dtype=int))
+    for method, row in evaluate.TABLE_3.items():        # UAR is the mean of Table III's recalls
+        uar = float(evaluate.TABLE_2[method].split()[0])
+        assert np.mean(list(map(float, row.split()))) == pytest.approx(uar, abs=0.01)
+    classes = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
+    lines = compare("ferv39k", scores, classes, "x").split("\n")
+    assert lines[0].startswith("Table II, the paper's own") and lines[7].split() == [
+        "S4D", "66.80", "76.68", "43.41", "53.65", "43.72", "58.44"]
+    assert lines[8].split() == ["ours:", "x", "-", "-", f"{100 * scores['uar']:.2f}", "82.35", "-", "-"]
+    assert lines[-1].split()[2:] == ["80.00", "85.71", "83.33", "50.00", "100.00", "66.67", "75.00"]  # DFEW's order
+    assert "Table III" not in compare("mafw", metrics(np.eye(11, dtype=int)), tuple("abcdefghijk"), "x")
+
+
+@pytest.mark.parametrize("ramp", [evaluate.DARK, evaluate.BRIGHT])
+def test_colours_read_the_same_in_grey(ramp):
+    grey = colours(np.linspace(0, 1, 50), ramp) @ [0.299, 0.587, 0.114]
+    assert (np.diff(grey) > 0).all() or (np.diff(grey) < 0).all()
+    assert abs(grey[0] - grey[-1]) > 150
+
+
+# ------------------------------------------------------------------------------------------------------- own media
+
+def test_a_folder_is_a_clip_or_holds_media(tmp_path):
+    for name in ("clip/2.png", "clip/10.png", "clip/notes.txt", "mixed/a.JPG", "mixed/b.mp4", "mixed/c/1.jpg",
+                 "empty/x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "mixed/c/.hidden.jpg").write_text("")
+    assert media_files(tmp_path / "clip") == [tmp_path / "clip"]
+    assert media_files(tmp_path / "mixed") == [tmp_path / "mixed" / name for name in ("a.JPG", "b.mp4", "c")]
+    assert media_files(tmp_path / "clip/2.png") == [tmp_path / "clip/2.png"]
+    for path in ("empty", "lost.mp4"):
+        with pytest.raises(DataError, match=path):
+            media_files(tmp_path / path)
+
+
+@pytest.mark.parametrize("name, classes", [("synthetic", CLIP_CLASSES), ("synthetic-images", IMAGE_CLASSES)])
+def test_own_media_give_the_logits_of_the_data_set_path(faces, name, classes):
+    torch.manual_seed(0)
+    model, samples = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES).eval(), load_samples(name, faces, "test")
+    tested, files = data.TestData(samples, model.size), [samples.path(i) for i in range(3)]
+    own = media_data(files, samples.dataset.modality, classes, model.size, samples.stride, crop=None)
+    for i in range(3):
+        (_, expected, _), (_, views, label) = tested[i], own[i]
+        assert torch.equal(views, expected) and label == -1
+        assert torch.equal(model(to_float(views)), model(to_float(expected)))
+    cropped = media_data(files, samples.dataset.modality, classes, model.size, samples.stride, crop=(8, 2, 30, 40))
+    cropped.resize.transforms.pop()         # what is cut out before it is resized
+    whole = read_clip(files[0], lambda n: [0]) if name == "synthetic" else read_image(files[0])
+    assert torch.equal(cropped.resize(whole), whole[..., 2:42, 8:38])
+
+
+def test_clips_slide_over_a_long_video(faces, monkeypatch):
+    torch.manual_seed(0)
+    model, samples = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES).eval(), load_samples("synthetic", faces, "test")
+    own = media_data([samples.path(0)], "video", CLIP_CLASSES, model.size, 2, None)
+    total = []
+    read_clip(samples.path(0), lambda n: total.append(n) or [0])
+    monkeypatch.setattr(evaluate, "WINDOWS", 3)
+    middles, pictures, probabilities = over_time(model, own, samples.path(0), total[0], CPU)
+    every = list(range(0, total[0], 2))
+    starts = [0, round((len(every) - 16) / 2), len(every) - 16]
+    assert middles.tolist() == [every[start + 8] for start in starts]
+    for start, picture, row in zip(starts, pictures, probabilities):
+        clip = own.resize(read_clip(samples.path(0), lambda n: every[start:start + 16]))
+        assert torch.equal(picture, clip[8])
+        assert row == pytest.approx(model(to_float(clip[None])).softmax(-1).detach()[0].numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,0,4", "-1,2,3,4", "a,b,c,d"])
+def test_a_crop_is_four_numbers(text):
+    assert box("10,0,30,40") == (10, 0, 30, 40)
+    with pytest.raises(argparse.ArgumentTypeError, match="x,y,w,h"):
+        box(text)
+
+
+# ------------------------------------------------------------------------------------------------ the real commands
+
+def save(path, seed=0, fold=1, **more):
+    """A fine-tuned checkpoint whose weights are random."""
+    torch.manual_seed(seed)
+    model = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES)
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = dict(videos="synthetic", images="synthetic-images", fold=fold,
+                    pretrained=str(path.parents[1] / "pre.pt"))
+    write(path, dict(stage="finetune", architecture=model.architecture, model=model.state_dict(), settings=settings,
+                     progress=dict(epoch=1, best=None), **more))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, faces):
+    """Five folds' checkpoints, which say what they were trained on, and one of stage 1."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    model = MaskedAutoencoder("tiny")
+    write(folder / "pre.pt", dict(stage="pretrain", architecture=model.architecture, model=model.state_dict(),
+                                  settings=dict(videos="synthetic-unlabelled", images="synthetic-images")))
+    for fold in range(1, 6):
+        train, test = (load_samples("synthetic", faces, split, fold) for split in ("train", "test"))
+        record = dict(name="synthetic", fold=fold, samples=len(train), fingerprint=train.fingerprint(),
+                      digests=torch.from_numpy(train.digests()))
+        tested = dict(name="synthetic", fold=fold, samples=len(test), fingerprint=test.fingerprint())
+        save(folder / f"fold{fold}/best.pt", seed=fold, fold=fold,
+             data=dict(train=dict(video=record), test=dict(video=tested)))
+    return folder
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_five_folds_make_one_uar_and_war(runs, faces):
+    folds = [runs / f"fold{fold}/best.pt" for fold in (3, 1, 2, 4, 5)]
+    text = run_command(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds, "--data-root", faces,
+                       "--report", runs / "five", "--compare")
+    scores = json.loads((runs / "five/evaluation.json").read_text())["synthetic"]
+    rows = read_csv(runs / "five/predictions-synthetic.csv")
+    assert len(rows) == len({row["sample"] for row in rows}) == scores["samples"] == 35
+    hits = {name: [row["prediction"] == name for row in rows if row["label"] == name] for name in CLIP_CLASSES}
+    assert scores["war"] == pytest.approx(sum(map(sum, hits.values())) / 35)
+    assert scores["uar"] == pytest.approx(np.mean([np.mean(of_class) for of_class in hits.values()]))
+    for row in rows:
+        probabilities = [float(row[name]) for name in CLIP_CLASSES]
+        assert row["prediction"] == CLIP_CLASSES[np.argmax(probabilities)]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+    assert [fold["fold"] for fold in scores["folds"]] == [1, 2, 3, 4, 5]
+    wars = [fold["war"] for fold in scores["folds"]]
+    assert scores["war_mean"] == pytest.approx(sum(wars) / 5)
+    for expected in (f"UAR {scores['uar']:.4f}", f"fold 3{'':13} UAR", "mean", "deviation", "ours: synthetic, 5 folds",
+                     "66.80"):
+        assert expected in text
+    assert "warning" not in text and (runs / "five/confusion-synthetic.png").is_file()
+
+
+def test_folds_that_do_not_belong_together_are_refused(runs, faces, tmp_path):
+    folds = [runs / f"fold{fold}/best.pt" for fold in range(1, 6)]
+    leaky = load_samples("synthetic", faces, "test", 5)
+    record = dict(name="synthetic", fold=5, samples=7, fingerprint="", digests=torch.from_numpy(leaky.digests()[:3]))
+    trained_on_test = save(tmp_path / "fold5/best.pt", fold=5, data=dict(train=dict(video=record)))
+    assert trained_on(torch.load(trained_on_test), leaky) == 3
+    assert trained_on(torch.load(trained_on_test), load_samples("synthetic", faces, "test", 4)) == 0
+    assert trained_on(torch.load(trained_on_test), replace(leaky, name="dfew")) == 0, "its 00001 is another clip"
+    for given, expected in ((folds[:4], "lacks fold 5 of synthetic"),
+                            (folds + folds[:1], "fold 1 of synthetic is given twice"),
+                            (folds[:4] + [trained_on_test], "was trained on 3 of the 7 test samples")):
+        with pytest.raises(evaluate.CheckpointError, match=expected):
+            evaluate.check_folds(given, "synthetic", faces)
+    with pytest.raises(evaluate.CheckpointError, match="was trained on synthetic, not on dfew"):
+        evaluate.check_folds(folds, "dfew", faces)
+    text = run_command(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds[1:], "--data-root", faces,
+                       status=1)
+    assert text.splitlines()[-1].startswith("error: --folds lacks fold 1 of synthetic")
+
+
+def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
+    checkpoint = torch.load(runs / "fold1/best.pt")
+    checkpoint["data"]["test"]["video"]["fingerprint"] = "0" * 16
+    checkpoint["data"]["train"]["video"]["digests"] = torch.from_numpy(
+        load_samples("synthetic", faces, "test").digests())
+    write(tmp_path / "best.pt", checkpoint)
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
+                       faces)
+    assert "fingerprint" in text and "recorded 0000000000000000" in text
+    assert "best.pt was trained on 7 of the 7 test samples" in text
+    assert len(read_csv(tmp_path / "predictions-synthetic.csv")) == 7
+
+
+def similarity_of(runs, faces, clip_class, image_class):
+    """Cosine of the angle between a class of clips and a class of images, sample by sample."""
+    checkpoint, centres = torch.load(runs / "fold1/best.pt"), []
+    model = S4D(**checkpoint["architecture"]).eval()
+    model.load_state_dict(checkpoint["model"])
+    for name, label in (("synthetic", CLIP_CLASSES.index(clip_class)),
+                        ("synthetic-images", IMAGE_CLASSES.index(image_class))):
+        tested = data.TestData(load_samples(name, faces, "test"), model.size)
+        features = [model.features(to_float(views)).mean(0).detach().double().numpy()
+                    for _, views, found in map(tested.__getitem__, range(len(tested))) if found == label]
+        centres.append(sum(features) / len(features))
+    return centres[0] @ centres[1] / (sum(centres[0] ** 2) * sum(centres[1] ** 2)) ** 0.5
+
+
+def test_two_processes_write_the_report_of_one(runs, faces):
+    for processes in (1, 2):
+        run_command(runs, "evaluate.py", "--checkpoint", "fold1/best.pt", "--checkpoint", "fold2/best.pt",
+                    "--data-root", faces, "--report", "report", "--workers", 1, processes=processes)
+        (runs / "report").rename(runs / f"report{processes}")
+    written = sorted(os.listdir(runs / "report1"))
+    assert written == sorted(os.listdir(runs / "report2"))
+    assert filecmp.cmpfiles(runs / "report1", runs / "report2", written, shallow=False) == (written, [], [])
+    results = json.loads((runs / "report1/evaluation.json").read_text())
+    assert sum(results["synthetic"]["activation"][0]) == pytest.approx(1)
+    assert results["synthetic"]["image_head"]["samples"] == 7
+    assert results["synthetic-images-2"]["video_head"]["samples"] == 14
+    assert results["similarity"]["columns"] == ["happy", "sad", "neutral", "anger", "surprise", "disgust", "fear"]
+    assert results["similarity"]["values"][1][5] == pytest.approx(
+        similarity_of(runs, faces, "sad", "disgust"), abs=0.02)
+    assert 0.9 < results["reconstruction"]["synthetic-images"]["mean_patch_loss"] < 1
+    index = (runs / "report1/README.md").read_text()
+    pictures = [name for name in written if name.endswith(".png")]
+    assert len(pictures) >= 12 and all(f"](<{name}>)" in index for name in pictures)
+    for picture in pictures:
+        with Image.open(runs / "report1" / picture) as image:
+            assert image.width < 1500 and len(image.convert("L").getcolors()) > 5, f"{picture} is empty"
+
+
+def test_own_media_of_every_kind(runs, faces, tmp_path):
+    samples, images = load_samples("synthetic", faces, "test"), load_samples("synthetic-images", faces, "test")
+    frames = read_clip(samples.path(0), lambda n: list(range(n)))
+    for i, frame in enumerate(frames):
+        path = tmp_path / f"media/frames/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(path)
+    (tmp_path / "media/clip.mp4").write_bytes(samples.path(0).read_bytes())
+    (tmp_path / "media/photo.jpg").write_bytes(images.path(0).read_bytes())
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "media", "--output", "out")
+    assert "two clips of 16 frames at stride 2 each as in synthetic" in text
+    clips, photos = read_csv(tmp_path / "out/videos.csv"), read_csv(tmp_path / "out/images.csv")
+    assert [row["sample"] for row in clips + photos] == ["media/clip.mp4", "media/frames", "media/photo.jpg"]
+    assert list(clips[0].values())[1:] == list(clips[1].values())[1:], "frames are the video's"
+    checkpoint = torch.load(runs / "fold1/best.pt")
+    model = S4D(**checkpoint["architecture"]).eval()
+    model.load_state_dict(checkpoint["model"])
+    for row, samples, classes in ((clips[0], samples, CLIP_CLASSES), (photos[0], images, IMAGE_CLASSES)):
+        logits = model(to_float(data.TestData(samples, model.size)[0][1]))
+        expected = logits.softmax(-1).mean(0).tolist()
+        assert [float(row[name]) for name in classes] == pytest.approx(expected, abs=0.01)  # bf16 where it is fast
+    course = json.loads((tmp_path / "out/evaluation.json").read_text())["media"]["media/clip.mp4"]["over_time"]
+    assert course[0]["frame"] == 16 and all(sum(point["probabilities"]) == pytest.approx(1) for point in course)
+    assert len([name for name in os.listdir(tmp_path / "out") if name.startswith("time-")]) == 2
+
+
+def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, faces, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    clip = load_samples("synthetic", faces, "test").path(0)
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", "out", clip,
+                       "broken.mp4", status=1)
+    assert "broken.mp4 cannot be decoded" in text and "Traceback" not in text and not os.listdir(tmp_path / "out")
+    with pytest.raises(DataError, match=f"{clip}, 64 x 64 pixels, does not hold --crop 40,0,40,20"):
+        frames_in(clip, "video", (40, 0, 40, 20))
+
+
+def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, faces, tmp_path):
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "pre.pt", "--data-root", faces, "--report",
+                       "shown")
+    assert "90% masked" in text and "95% masked" in text
+    results = json.loads((tmp_path / "shown/evaluation.json").read_text())["reconstruction"]
+    assert set(results) == {"synthetic-images", "synthetic-unlabelled"}
+    assert set(os.listdir(tmp_path / "shown")) == {"reconstruction-images.png", "reconstruction-videos.png",
+                                                   "README.md", "evaluation.json"}
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ([], "expected --checkpoint, once or twice, or --folds"),
+    (["--folds", "a.pt"], "--folds expects --dataset"),
+    (["--checkpoint", "a.pt", "--crop", "1,2,3,4"], "--crop cuts the face out of FILE"),
+    (["--checkpoint", "a.pt", "--report", str(ROOT)], "the README.md there is not a report's"),
+    (["--checkpoint", "a.pt", "--crop", "1,2,3", "clip.mp4"], "expected x,y,w,h")])
+def test_wrong_commands_say_what_they_expect(monkeypatch, capsys, arguments, expected):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert expected in capsys.readouterr().err
