@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import DataError, Samples, TestData, catalogue, ensure_synthetic, load_samples, loader, names, to_float
+from data import DataError, Samples, TestData, catalogue, dataset_name, ensure_synthetic, load_samples, loader, to_float
 from model import S4D, CheckpointError, at_least_fp32, read_checkpoint, rebuild, same_classes
 from pretrain import Formatter, Run, default_workers, guarded, start
 
@@ -95,7 +95,7 @@ def table(scores: dict, classes: tuple[str, ...]) -> str:
 def settings() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     p.add_argument("--checkpoint", type=Path, required=True, help="best.pt or last.pt of finetune.py")
-    p.add_argument("--dataset", choices=[*names("video", labelled=True), *names("image", labelled=True)],
+    p.add_argument("--dataset", type=dataset_name(labelled=True),
                    help="data set to test on (those that the checkpoint was trained on)")
     p.add_argument("--fold", type=int, help="its fold (the checkpoint's)")
     p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets (layouts: README)")

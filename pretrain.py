@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DataError, Schedule, Source, TrainingData, ensure_synthetic, load_samples, loader, names, to_float
+from data import (DataError, Schedule, Source, TrainingData, dataset_name, ensure_synthetic, load_samples, loader,
+                  short_name, to_float)
 from model import (MASK_RATIO, SIZES, CheckpointError, MaskedAutoencoder, SettingError, masked_tokens, modality,
                    read_checkpoint)
 
@@ -37,8 +38,8 @@ def settings() -> argparse.ArgumentParser:
     p = common_settings(__doc__, TINY, "Table IV: images only --dataset none --image-mask-ratio 0.75; videos only "
                         "--image-dataset none --video-mask-ratio 0.9; both (the default); videos and their frames "
                         "--image-dataset frames --image-share 0.263. Fig. 3c: --image-share.")
-    p.add_argument("--dataset", default="voxceleb2", choices=["none", *names("video")], help="videos, or none")
-    p.add_argument("--image-dataset", choices=["none", "frames", *names("image")],
+    p.add_argument("--dataset", default="voxceleb2", type=dataset_name("video", others=("none",)), help="videos, or none")
+    p.add_argument("--image-dataset", type=dataset_name("image", others=("none", "frames")),
                    help="images; frames = one of each video; or none (affectnet-8, or synthetic-images)")
     p.add_argument("--epochs", type=int, default=100, help="passes over the data")
     p.add_argument("--batch-size", type=int, default=384, help="images or clips of one optimiser step, all processes")
@@ -108,7 +109,7 @@ def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None)
 def main() -> None:
     args = parse(settings(), TINY)
     run = start(args.size)
-    args.output = args.output or Path("runs") / f"pretrain-{args.dataset}"
+    args.output = args.output or Path("runs") / f"pretrain-{short_name(args.dataset)}"
     args.videos = {"synthetic": "synthetic-unlabelled"}.get(args.dataset, args.dataset)
     args.images = args.image_dataset or ("synthetic-images" if args.dataset == "synthetic" else "affectnet-8")
     sources = load_sources(args, run)

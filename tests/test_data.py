@@ -81,7 +81,7 @@ def test_split_files_as_people_have_them(tmp_path, name, text, paths, labels, st
 @pytest.mark.parametrize("listed", ["00007", "7"])
 @pytest.mark.parametrize("stored", ["00007", "7", "00007.mp4", "7.avi"])
 def test_dfew_names_with_and_without_zeros_find_folders_and_videos(tmp_path, listed, stored):
-    write_set(tmp_path, "dfew", f"video_name,label\n{listed},3\n", [stored])
+    write_set(tmp_path, "dfew", f"video_name,label\n{listed},0\n", [stored])
     assert paths_of(load_samples("dfew", tmp_path, "train")) == [stored]
 
 
@@ -139,7 +139,7 @@ def test_voxceleb2_is_every_video_of_its_tree(tmp_path):
 @pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the real split files are not beside the repository")
 def test_real_split_files_hold_the_published_counts():
     def labels(name, path):
-        found = data.read_split(ANNOTATIONS / path)[1]
+        found = data.read_split(ANNOTATIONS / path, CATALOGUE[name], "test")[1]
         return data.zero_based(found, found, CATALOGUE[name], path)[0]
 
     dfew = [labels("dfew", f"DFEW/test_set_{fold}.csv") for fold in range(1, 6)]
@@ -149,8 +149,8 @@ def test_real_split_files_hold_the_published_counts():
     assert mafw == [1839, 1837, 1833, 1832, 1831]
     assert [len(labels("ferv39k", f"FERV39K/{split}.csv")) for split in ("train", "test")] == [31088, 7847]
     assert len(labels("affectnet-7", "AffectNet/test_affectnet7.txt")) == 3267
-    names, ids = data.read_split(ANNOTATIONS / "FERV39K/train.csv")  # names hold the class: checks the label order
-    assert all(name.split("/")[1].lower() == CATALOGUE["ferv39k"].classes[i] for name, i in zip(names, ids))
+    rows, ids, _ = data.read_split(ANNOTATIONS / "FERV39K/train.csv", CATALOGUE["ferv39k"], "train")
+    assert all(row.name.split("/")[1].lower() == CATALOGUE["ferv39k"].classes[i] for row, i in zip(rows, ids))
 
 
 # --------------------------------------------------------------------------------------------------------- readers
