@@ -441,10 +441,11 @@ def read_image(path: Path) -> torch.Tensor:
     """An image as uint8 (3, H, W), upright. Its content, not its name, tells the format; of an animation the first."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip instead of scale
                 image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
@@ -486,7 +487,8 @@ def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
             times = [packet.pts for packet in packets if not packet.is_discard]
             wanted = choose(len(times)) if times else []
             number = {}                     # of each frame by its time; empty where times cannot tell (AVI has none)
-            if container.format.name[:3] in ("mov", "mat") and None not in times and len(set(times)) == len(times):
+            timed = container.format.name.startswith(("mov,", "matroska")) and None not in times
+            if timed and len(set(times)) == len(times):
                 number = {time: i for i, time in enumerate(sorted(times))}
             frames, key = {}, key_frame(packets, sorted(number)[min(wanted)]) if number and wanted else None
             if key:
