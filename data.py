@@ -456,19 +456,24 @@ def read_clip(path: Path, choose) -> torch.Tensor:
     choose: a function from the number of frames n to the T frame numbers wanted, in any order, repeats allowed.
     DataError names a file that cannot be decoded or has fewer frames than it says.
     """
-    if path.is_dir():
-        files = sorted((f for f in os.listdir(path) if f.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
-                        and not f.startswith(".")), key=natural)
-        if not files:
-            raise DataError(f"{path} holds no frames (.jpg, .jpeg, .png or .bmp)")
-        wanted = choose(len(files))
-        frames = {i: read_image(path / files[i]) for i in set(wanted)}
-    else:
-        wanted, frames = read_video(path, choose)
+    wanted, frames = (read_folder if os.path.isdir(path) else read_video)(path, choose)
     sizes = {tuple(frame.shape[1:]) for frame in frames.values()}
     if len(sizes) > 1:
         raise DataError(f"{path}: frames of different sizes (height, width): {sorted(sizes)}")
     return torch.stack([frames[i].permute(1, 2, 0) for i in wanted]).permute(0, 3, 1, 2)  # channels last: resizes fast
+
+
+def read_folder(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
+    """The frame numbers chosen and those frames, uint8 (3, H, W), of a folder."""
+    try:
+        files = sorted((f for f in os.listdir(path) if f.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
+                        and not f.startswith(".")), key=natural)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not files:
+        raise DataError(f"{path} holds no frames (.jpg, .jpeg, .png or .bmp)")
+    wanted = choose(len(files))
+    return wanted, {i: read_image(path / files[i]) for i in set(wanted)}
 
 
 def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
