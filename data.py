@@ -5,7 +5,10 @@ It reads in the order in which data flows: the catalogue says where files lie, a
 reader turns one file into uint8 pixels, augmentation cuts out what the model sees, and `schedule_epoch` deals
 micro-batches of one source each. The second half draws the synthetic faces that stand in for the real sets.
 
-`python data.py synthetic --data-root data` writes the synthetic faces; training makes them on first use as well.
+    python data.py check --dataset dfew --fold 1      reads every sample; exit status 1 if anything is wrong
+    python data.py show --dataset dfew --mask         draws what training gets, here as stage 1 masks it
+    python data.py list --dataset voxceleb2           lists the files of a set without split files anew
+    python data.py synthetic                          writes the synthetic faces, as training does on first use
 
 B batch    T frames of a clip    H x W pixels    n frames of a whole video    v views of one sample
 """
@@ -124,7 +127,7 @@ def catalogue(name: str) -> DataSet:
     """The data set of that name, or one's own: "train.csv,test.csv" or "train.csv". DataError if there is none."""
     if name in CATALOGUE:
         return CATALOGUE[name]
-    if not name.endswith(".csv"):
+    if not is_own(name):
         raise DataError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or train.csv,test.csv")
     files = [os.path.abspath(file) for file in name.split(",")]
     rows = {file: read_list(Path(file)) for file in files}
@@ -372,13 +375,17 @@ def split_file(name: str, data_root: Path, split: str, fold: int) -> Path:
     return path
 
 
-def find_samples(name: str, data_root: Path, split: str, fold: int = 1) -> tuple[Samples, np.ndarray]:
+def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
+                 stride: int | None = None) -> tuple[Samples, np.ndarray]:
     """What a data set's "train" or "test" split lists, and which of it is there (n,) bool. DataError where the lists
     or the folder are missing or odd."""
     dataset, data_root = catalogue(name), Path(data_root)
     if not 1 <= fold <= dataset.folds:
         raise DataError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
-    root, stride = media_folder(name, data_root, fold)
+    if stride is not None and stride < 1:
+        raise DataError(f"stride {stride}: expected 1 or more")
+    root, usual = media_folder(name, data_root, fold)
+    stride = stride or usual
     if not dataset.train:
         names, note = file_list(root, dataset.pattern)
         if not len(names):
@@ -400,7 +407,7 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1) -> tuple
                                          if file.is_file()])
         labels, note = zero_based(labels, everywhere, dataset, path)
     names, there = locate(root, [row.name for row in rows], dataset.modality)
-    if stride != dataset.media[0][1]:
+    if usual != dataset.media[0][1]:
         notes = [*notes, f"{root}: 16 frames sampled by the data set's authors, so stride {stride}"]
     people = [row.person for row in rows] if rows[0].person else (
         [name.split("/")[0] for name in names] if dataset.person_folders else None)
@@ -408,9 +415,10 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1) -> tuple
                    people and np.array([person.encode() for person in people])), there
 
 
-def load_samples(name: str, data_root: Path, split: str, fold: int = 1) -> Samples:
-    """All samples of a data set's "train" or "test" split. DataError if anything that it needs is missing or odd."""
-    samples, there = find_samples(name, data_root, split, fold)
+def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: int | None = None) -> Samples:
+    """All samples of a data set's "train" or "test" split, with its own stride or another. DataError if anything that
+    it needs is missing or odd."""
+    samples, there = find_samples(name, data_root, split, fold, stride)
     if there.all():
         return samples
     missing = [os.fsdecode(name) for name in samples.names[~there].tolist()]
@@ -900,7 +908,7 @@ def check_lists(splits: dict[str, Samples], title: str, fold: int) -> list[str]:
         counts = samples.counts() if samples.dataset.classes else []
         columns += [[head, *map("{:,}".format, [*each, sum(each) or len(samples)])] for head, each
                     in [(split, counts), *(("published", each) for _, each in versions)]]
-        digest = list_digest([os.fsdecode(name) for name in samples.names.tolist()], samples.labels)
+        digest = versions and list_digest([os.fsdecode(name) for name in samples.names.tolist()], samples.labels)
         if any(known == digest for known, _ in versions):
             print("  matches the published split")
         elif ("-", counts) in versions:
@@ -935,14 +943,17 @@ def check_overlap(parts: dict[str, tuple[Samples, np.ndarray]], title: str) -> l
                        ("people", np.intersect1d(*people) if len(people) == 2 else []), ("the same pictures", leaks)):
         if len(both):
             wrong.append(f"{title}{what} in both train and test: {few(both)}")
-    return wrong + [f"{title}the same pictures with different labels: {few(differing)}"] * bool(differing)
+    if differing:
+        wrong.append(f"{title}the same pictures with different labels: {few(differing)}")
+    return wrong
 
 
-def check(name: str, data_root: Path, fold: int | None = None) -> list[str]:
+def check(name: str, data_root: Path, fold: int | None = None, stride: int | None = None) -> list[str]:
     """Read every sample of a data set once, print what it holds, and return what is wrong. Without a fold: all."""
     dataset, wrong = catalogue(name), []
-    folds, splits = [fold] if fold else range(1, dataset.folds + 1), ["train", "test"] if dataset.test else ["train"]
-    found = {(f, split): find_samples(name, data_root, split, f) for f in folds for split in splits}
+    folds = range(1, dataset.folds + 1) if fold is None else [fold]
+    splits = ["train", "test"] if dataset.test else ["train"]
+    found = {(f, split): find_samples(name, data_root, split, f, stride) for f in folds for split in splits}
     one = found[folds[0], "train"][0]
     every = replace(one, names=np.unique(np.concatenate([samples.names for samples, _ in found.values()])))
     place = {key: np.searchsorted(every.names, samples.names) for key, (samples, _) in found.items()}
@@ -962,8 +973,10 @@ def check(name: str, data_root: Path, fold: int | None = None) -> list[str]:
         title = f"fold {f}, " if dataset.folds > 1 else ""
         wrong += check_lists({split: found[f, split][0] for split in splits}, title, f)
         wrong += check_overlap({split: (found[f, split][0], table[place[f, split], 3]) for split in splits}, title)
-    wrong += [f"missing in {every.root}: {few(every.names[~there])}"] * (not there.all())
-    wrong += [f"unreadable: {few(errors)}"] * bool(errors)
+    if not there.all():
+        wrong.append(f"missing in {every.root}: {few(every.names[~there])}")
+    if errors:
+        wrong.append(f"unreadable: {few(errors)}")
     counted = table[table[:, 0] > 0]
     if len(counted):
         shapes, times = np.unique(counted[:, 1:3], axis=0, return_counts=True)
@@ -974,17 +987,18 @@ def check(name: str, data_root: Path, fold: int | None = None) -> list[str]:
         low, high = counted[:, 0].min(), counted[:, 0].max()
         print(f"frames of a clip: {low} minimum, {np.median(counted[:, 0]):g} median, {high} maximum")
         if every.stride > 1 and high <= SIZES["base"].frames:
-            wrong.append(f"no clip has more than {high} frames: they were sampled already, but {every.root} stands for "
-                         f"whole clips, of which every {every.stride}th frame is taken")
+            wrong.append(f"no clip has more than {high} frames: they were sampled already, but stride {every.stride} "
+                         f"is meant for whole clips: put these into {every.root}, or give --stride 1")
     return wrong
 
 
-def show(name: str, data_root: Path, fold: int, masked: bool, seed: int) -> Image.Image:
+def show(name: str, data_root: Path, fold: int = 1, stride: int | None = None, masked: bool = False,
+         seed: int = 0) -> Image.Image:
     """A contact sheet of one batch as training gets it: 8 clips as rows of frames, or images, a row for each class.
 
     masked: as stage 1 gets it (always, where there are no classes), with the masked patches grey.
     """
-    samples, synthetic = load_samples(name, data_root, "train", fold), name.startswith("synthetic")
+    samples, synthetic = load_samples(name, data_root, "train", fold, stride), name.startswith("synthetic")
     classes, kind, size = samples.dataset.classes, samples.dataset.modality, SIZES["tiny" if synthetic else "base"]
     stage = "finetune" if classes and not masked else "pretrain"
     batch = 8 if kind == "video" else 16 * max(1, len(classes))
@@ -1382,7 +1396,9 @@ def settings() -> argparse.ArgumentParser:
         if name != "synthetic":
             c.add_argument("--dataset", required=True, type=dataset_name(), help="as in finetune.py and pretrain.py")
         if name in ("check", "show"):
-            c.add_argument("--fold", type=int, help="of cross-validation (check: all folds; show: 1)")
+            c.add_argument("--fold", type=int, default=1 if name == "show" else None,
+                           help="of cross-validation (check: all, show: 1)")
+            c.add_argument("--stride", type=int, help="of the frames of a clip (the data set's)")
         if name in ("synthetic", "show"):
             c.add_argument("--seed", type=int, default=0, help="of everything random")
         if name == "synthetic":
@@ -1406,13 +1422,14 @@ def main() -> None:
             root, _ = media_folder(args.dataset, args.data_root)
             print(file_list(root, catalogue(args.dataset).pattern, anew=True)[1])
         elif args.command == "show":
-            show(args.dataset, args.data_root, args.fold or 1, args.mask, args.seed).save(args.output)
+            sheet = show(args.dataset, args.data_root, args.fold, args.stride, args.mask, args.seed)
+            sheet.save(args.output, "PNG")
             print(f"wrote {args.output}")
-        elif wrong := check(args.dataset, args.data_root, args.fold):
+        elif wrong := check(args.dataset, args.data_root, args.fold, args.stride):
             raise DataError("\nerror: ".join(wrong))
         else:
             print("nothing is wrong")
-    except DataError as error:
+    except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -125,7 +125,7 @@ def main() -> None:
     results = {}
     for name in datasets:
         fold = args.fold if args.fold is not None else trained.get("fold", 1) if catalogue(name).folds > 1 else 1
-        samples = load_samples(name, args.data_root, "test", fold)
+        samples = load_samples(name, args.data_root, "test", fold, trained.get("stride"))
         scores = evaluate(model, samples, run, args.workers, args.batch_size)
         results[name] = dict(scores, fold=fold, samples=len(samples))
         if run.main:

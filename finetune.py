@@ -137,8 +137,8 @@ def load_sources(args, run) -> tuple[dict, dict, dict]:
         if getattr(args, f"{name}s") == "none":
             continue
         fold = args.fold if name == "video" else 1
-        samples = load_samples(getattr(args, f"{name}s"), args.data_root, "train", fold)
-        test[name] = load_samples(samples.name, args.data_root, "test", fold)
+        samples = load_samples(getattr(args, f"{name}s"), args.data_root, "train", fold, args.stride)
+        test[name] = load_samples(samples.name, args.data_root, "test", fold, args.stride)
         if args.validation:
             samples, validation[name] = hold_out(samples, args.validation, args.seed)
         sources[name] = Source(samples, batch, -(-micro * batch // args.batch_size),

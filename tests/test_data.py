@@ -911,12 +911,12 @@ def test_show_draws_the_pixels_of_the_loader(faces, tmp_path):
         Image.new("RGB", (50, 40), colour).save(tmp_path / f"{i}.png")
     (tmp_path / "faces.csv").write_text("path\n0.png\n1.png\n2.png\n3.png\n")
     run_command(tmp_path, "data.py", "show", "--dataset", "faces.csv", "--mask")
-    whole = data.show(str(tmp_path / "faces.csv"), tmp_path, 1, False, seed=0)
+    whole = data.show(str(tmp_path / "faces.csv"), tmp_path)
     for sheet, least, most in ((whole, 1, 1), (Image.open(tmp_path / "sheet.png"), 0.1, 0.1)):  # 90 % of it masked
         pictures = np.array(sheet).reshape(-1, 3)
         pictures = pictures[(pictures != 255).all(1)]
         shown = (pictures == colour).all(1)
         assert len(pictures) == 4 * 160 * 160 and least <= shown.mean() <= most
         assert (pictures[~shown] == 128).all()
-    sheet = data.show("synthetic", faces, 2, False, seed=0)
+    sheet = data.show("synthetic", faces, fold=2)
     assert sheet.height == 8 * (96 + 4) and 16 * (96 + 2) < sheet.width < 16 * (96 + 2) + 150
