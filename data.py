@@ -503,10 +503,11 @@ def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
             timed = container.format.name.startswith(("mov,", "matroska")) and None not in times
             if timed and len(set(times)) == len(times):
                 number = {time: i for i, time in enumerate(sorted(times))}
-            frames, key = {}, key_frame(packets, sorted(number)[min(wanted)]) if number and wanted else None
-            if key:
-                container.seek(key.dts, stream=stream)
-                frames = decode(container, stream, set(wanted), number, key.pts)
+            frames, first = {}, min((time for time, i in number.items() if i in wanted), default=None)
+            keys = [p.pts for p in packets if number and p.is_keyframe and p.pts is not None and p.pts <= first]
+            if keys:                        # from the last key frame on, all that is shown later can be decoded
+                container.seek(max(keys), stream=stream)
+                frames = decode(container, stream, set(wanted), number, skipping=True)
             if len(frames) < len(set(wanted)):
                 container.seek(0)
                 frames = decode(container, stream, set(wanted), number)
@@ -518,25 +519,19 @@ def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
     return wanted, frames
 
 
-def key_frame(packets: list[av.Packet], time: int) -> av.Packet | None:
-    """The last key frame that is not shown later than `time`: from it on, everything from `time` on can be decoded."""
-    keys = [p for p in packets if p.is_keyframe and None not in (p.pts, p.dts) and p.pts <= time]
-    return max(keys, key=lambda packet: packet.pts, default=None)
-
-
-def decode(container, stream, wanted: set[int], number: dict[int, int], key: int | None = None) -> dict:
+def decode(container, stream, wanted: set[int], number: dict[int, int], skipping: bool = False) -> dict:
     """Wanted frames by their number, uint8 (3, H, W), upright, decoded from where the container stands.
 
-    number: frame numbers by time; where it is empty, frames are counted. key: time of the key frame to begin with, or
-    None at the start of the file. What neither is wanted nor serves to predict other frames is then not decoded.
+    number: frame numbers by time; where it is empty, frames are counted. skipping: do not decode what is neither
+    wanted nor serves to predict other frames.
     """
-    frames, counted, to_rgb, begun = {}, count(), VideoReformatter(), key is None  # one reformatter keeps its tables
+    frames, counted, to_rgb = {}, count(), VideoReformatter()  # one reformatter keeps its tables
     for packet in container.demux(stream):
-        begun = begun or packet.pts == key  # a seek may end elsewhere
-        stream.codec_context.skip_frame = "DEFAULT" if key is None or number.get(packet.pts) in wanted else "NONREF"
+        whole = not skipping or number.get(packet.pts) in wanted
+        stream.codec_context.skip_frame = "DEFAULT" if whole else "NONREF"
         for frame in packet.decode():
             i = number.get(frame.pts) if number else next(counted)
-            if begun and i in wanted:       # only these become RGB
+            if i in wanted:                 # only these become RGB
                 rgb = torch.from_numpy(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
                 frames[i] = torch.rot90(rgb, round(frame.rotation / 90)).permute(2, 0, 1)
         if len(frames) == len(wanted):
