@@ -5,11 +5,16 @@ It reads in the order in which data flows: the catalogue says where files lie, a
 reader turns one file into uint8 pixels, augmentation cuts out what the model sees, and `schedule_epoch` deals
 micro-batches of one source each. The second half draws the synthetic faces that stand in for the real sets.
 
-`python data.py synthetic --data-root data` writes the synthetic faces; training makes them on first use as well.
+    python data.py check --dataset dfew --fold 1      reads every sample; exit status 1 if anything is wrong
+    python data.py show --dataset dfew --mask         draws what training gets, here as stage 1 masks it
+    python data.py list --dataset voxceleb2           lists the files of a set without split files anew
+    python data.py synthetic                          writes the synthetic faces, as training does on first use
 
 B batch    T frames of a clip    H x W pixels    n frames of a whole video    v views of one sample
 """
 import argparse
+import csv
+import glob
 import hashlib
 import multiprocessing
 import os
@@ -20,7 +25,8 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +39,7 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from model import IMAGE_MEAN, IMAGE_STD, Size
+from model import IMAGE_MEAN, IMAGE_STD, MASK_RATIO, SIZES, Size, random_mask
 
 
 class DataError(Exception):
@@ -47,16 +53,20 @@ class DataSet:
     """Where a data set lies below the data root, and what its labels mean.
 
     media: folders that may hold the samples, best first, each with the stride that belongs to it. train, test: split
-    files, "{fold}" = 1 to `folds`. None = no labels: every file below `media` that matches `pattern` is a sample.
-    crop: the part of a frame that stage 1 sees, as fractions (top, left, height, width).
+    files, of which the first that is there counts, "{fold}" = 1 to `folds`. None of them: every file below `media`
+    that matches `pattern` is a sample. crop: the part of a frame that stage 1 sees, as fractions (top, left, height,
+    width).
     """
     modality: str
     classes: tuple[str, ...]
     media: tuple[tuple[str, int], ...]
-    train: str | None = None
-    test: str | None = None
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
     folds: int = 1
     one_based: bool = False                 # labels that start at 1 are known to occur
+    left_out: tuple[str, ...] = ()          # what the labels that follow the classes mean in AffectNet's own csv
+    one_list: bool = False                  # RAF-DB: one list of train_... and test_..., stored as ..._aligned
+    person_folders: bool = False            # the first folder of a name is a person
     pattern: str = ""
     crop: tuple[float, float, float, float] = (0, 0, 1, 1)
 
@@ -65,21 +75,29 @@ DFEW = DataSet(
     "video", ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"),
     # clip_224x224_16f holds 16 frames that its authors sampled: at stride 4 only 4 of them would be distinct.
     (("DFEW/clip_jpg_256", 4), ("DFEW/Clip/clip_224x224_16f", 1)),
-    "DFEW/EmoLabel_DataSplit/train(single-labeled)/train_set_{fold}.csv",
-    "DFEW/EmoLabel_DataSplit/test(single-labeled)/test_set_{fold}.csv", folds=5, one_based=True)
+    ("DFEW/EmoLabel_DataSplit/train(single-labeled)/train_set_{fold}.csv",),
+    ("DFEW/EmoLabel_DataSplit/test(single-labeled)/test_set_{fold}.csv",), folds=5, one_based=True)
 AFFECTNET_7 = DataSet(
     "image", ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger"),
     (("AffectNet/Manually_Annotated_Images", 1),),
-    "AffectNet/train_affectnet7.txt", "AffectNet/test_affectnet7.txt")
+    ("AffectNet/train_affectnet7.txt", "AffectNet/train_affectnet7_2w.txt", "AffectNet/training.csv"),
+    ("AffectNet/test_affectnet7.txt", "AffectNet/test_affectnet7_2w.txt", "AffectNet/validation.csv"),
+    left_out=("contempt", "none", "uncertain", "no face"))
+AFFECTNET_8 = replace(
+    AFFECTNET_7, classes=(*AFFECTNET_7.classes, "contempt"), left_out=("none", "uncertain", "no face"),
+    train=tuple(path.replace("affectnet7", "affectnet8") for path in AFFECTNET_7.train),
+    test=tuple(path.replace("affectnet7", "affectnet8") for path in AFFECTNET_7.test))
+RAF_DB_LIST = ("RAF-DB/basic/EmoLabel/list_patition_label.txt",)
 # Rows 0-160 and columns 32-192 of VoxCeleb2's 224 x 224 frames, as the released code and MAE-DFER cut them.
-VOXCELEB2 = DataSet("video", (), (("VoxCeleb2", 4),), pattern="id*/*/*.mp4", crop=(0, 1 / 7, 5 / 7, 5 / 7))
+VOXCELEB2 = DataSet("video", (), (("VoxCeleb2/dev/mp4", 4), ("VoxCeleb2", 4)), pattern="id*/*/*.mp4",
+                    crop=(0, 1 / 7, 5 / 7, 5 / 7))
 
 
 def below(folder: str, dataset: DataSet, stride: int) -> DataSet:
     """The same layout in a folder of its own, with another stride."""
-    def move(path):
-        return path and f"{folder}/{path}"
-    return replace(dataset, media=tuple((move(path), stride) for path, _ in dataset.media),
+    def move(paths):
+        return tuple(f"{folder}/{path}" for path in paths)
+    return replace(dataset, media=tuple((f"{folder}/{path}", stride) for path, _ in dataset.media),
                    train=move(dataset.train), test=move(dataset.test))
 
 
@@ -87,32 +105,69 @@ CATALOGUE = {
     "dfew": DFEW,
     "ferv39k": DataSet(
         "video", ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"),
-        (("FERV39K/2_ClipsforFaceCrop", 1),), "FERV39K/Annotation/train.csv", "FERV39K/Annotation/test.csv"),
+        (("FERV39K/2_ClipsforFaceCrop", 1),), ("FERV39K/Annotation/train.csv",), ("FERV39K/Annotation/test.csv",)),
     "mafw": DataSet(
         "video", ("anger", "anxiety", "contempt", "disappointment", "disgust", "fear", "happiness", "helplessness",
                   "neutral", "sadness", "surprise"),
-        (("MAFW/frames_crop_align_224", 4),), "MAFW/anno/single/no_caption/set_{fold}/train.csv",
-        "MAFW/anno/single/no_caption/set_{fold}/test.csv", folds=5),
+        (("MAFW/frames_crop_align_224", 4),), ("MAFW/anno/single/no_caption/set_{fold}/train.csv",),
+        ("MAFW/anno/single/no_caption/set_{fold}/test.csv",), folds=5),
     "affectnet-7": AFFECTNET_7,
-    "affectnet-8": replace(AFFECTNET_7, classes=(*AFFECTNET_7.classes, "contempt"),
-                           train="AffectNet/train_affectnet8.txt", test="AffectNet/test_affectnet8.txt"),
+    "affectnet-8": AFFECTNET_8,
+    "rafdb": DataSet(
+        "image", ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral"),
+        (("RAF-DB/basic/Image/aligned", 1),), RAF_DB_LIST, RAF_DB_LIST, one_based=True, one_list=True),
     "voxceleb2": VOXCELEB2,
     "synthetic": below("synthetic", DFEW, 2),
-    "synthetic-images": below("synthetic", AFFECTNET_7, 1),
+    "synthetic-images": replace(below("synthetic", AFFECTNET_7, 1), person_folders=True),
     "synthetic-unlabelled": below("synthetic", VOXCELEB2, 2),
 }
+OWN_DATA_STRIDE = 4                         # of clips: a window of 2.6 seconds at 25 frames per second, as for DFEW
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
 def catalogue(name: str) -> DataSet:
-    """The data set of that name. DataError if there is none."""
-    if name not in CATALOGUE:
-        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}")
-    return CATALOGUE[name]
+    """The data set of that name, or one's own: "train.csv,test.csv" or "train.csv". DataError if there is none."""
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    if not is_own(name):
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or train.csv,test.csv")
+    files = [os.path.abspath(file) for file in name.split(",")]
+    rows = {file: read_list(Path(file)) for file in files}
+    if len(files) > 2:
+        raise DataError(f"{name}: expected train.csv,test.csv or train.csv, not {len(files)} files")
+    images, clips = [], []
+    for row in (row for listed in rows.values() for row in listed):
+        (images if row.name.lower().endswith(IMAGE_SUFFIXES) else clips).append(row.name)
+    if images and clips:
+        raise DataError(f"{name} lists images ({images[0]}) and clips ({clips[0]}): make two data sets of them")
+    return DataSet("image" if images else "video", tuple(sorted({row.label for row in rows[files[0]]} - {""})),
+                   ((os.path.commonpath([os.path.dirname(file) for file in files]), OWN_DATA_STRIDE),),
+                   (files[0],), tuple(files[1:]))
 
 
-def names(modality: str, labelled: bool = False) -> list[str]:
-    """The catalogue's data sets of a modality; `labelled`: only those with classes."""
-    return [name for name, entry in CATALOGUE.items() if entry.modality == modality and (entry.classes or not labelled)]
+def is_own(name: str) -> bool:
+    return name.endswith(".csv")
+
+
+def short_name(name: str) -> str:
+    """A data set's name for folders: of one's own data, the training file's without .csv."""
+    return Path(name.split(",")[0]).stem
+
+
+def dataset_name(modality: str | None = None, labelled: bool = False, others: tuple[str, ...] = ()):
+    """A type for argparse: a data set of that modality, with classes if `labelled`, or one of the words in `others`."""
+    def check(name: str) -> str:
+        fits = [n for n, d in CATALOGUE.items() if modality in (None, d.modality) and (d.classes or not labelled)]
+        try:
+            dataset = None if name in others else catalogue(name)
+        except DataError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        if dataset and (modality not in (None, dataset.modality) or labelled and not dataset.classes):
+            raise argparse.ArgumentTypeError(
+                f"{name} holds {dataset.modality}s {'with' if dataset.classes else 'without'} labels: expected "
+                f"{', '.join([*others, *fits])}, or train.csv,test.csv")
+        return name
+    return check
 
 
 @dataclass
@@ -125,6 +180,7 @@ class Samples:
     labels: np.ndarray                      # (n,) int64, -1 where there are none
     stride: int
     notes: tuple[str, ...] = ()             # what was recognised, to be printed
+    people: np.ndarray | None = None        # (n,) bytes: who is seen, where the data set tells
     fold: int = 1
     frames_as_images: bool = False          # one random frame of each video stands for an image (Table IV, row 5)
 
@@ -135,7 +191,8 @@ class Samples:
         return self.root / os.fsdecode(bytes(self.names[index]))
 
     def subset(self, index: np.ndarray) -> "Samples":
-        return replace(self, names=self.names[index], labels=self.labels[index])
+        return replace(self, names=self.names[index], labels=self.labels[index],
+                       people=None if self.people is None else self.people[index])
 
     def counts(self) -> list[int]:
         return np.bincount(self.labels, minlength=len(self.dataset.classes)).tolist()
@@ -156,101 +213,234 @@ class Samples:
         return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def read_split(path: Path) -> tuple[list[str], np.ndarray]:
-    """Names and integer labels of a split file: .csv "name,label" or .txt "name label", a header line or none.
+class Row(NamedTuple):
+    """A line of a split file; label and person are "" where it has no such column."""
+    line: int
+    name: str
+    label: str = ""
+    person: str = ""
 
-    DataError where the file is empty, a line has no label, or a label is no whole number.
+
+COLUMNS = {"path": "name", "video_name": "name", "subdirectory_filepath": "name", "label": "label", "labels": "label",
+           "id": "label", "expression": "label", "person": "person"}  # header words that occur
+
+
+def read_list(path: Path) -> list[Row]:
+    """The lines of a split file: .csv of name,label or with a header line of COLUMNS, or .txt of "name label".
+
+    DataError where the file cannot be read or is empty, and where a line is no such line or leads out of the folder.
     """
-    separator = "," if path.suffix == ".csv" else None
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not encoded in UTF-8: {error}") from error
-    rows = [line.rsplit(separator, 1) for line in lines]
-    if rows and rows[0][-1].strip().lower() in ("label", "labels", "id"):
-        rows = rows[1:]                     # a header line
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        table = list(csv.reader(lines) if path.suffix == ".csv" else (line.rsplit(None, 1) for line in lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a list in UTF-8: {error}") from error
+    table = [(line, [field.strip() for field in fields]) for line, fields in enumerate(table, 1)]
+    table = [(line, fields) for line, fields in table if any(fields)]
+    header = [COLUMNS.get(field.lower()) for field in table[0][1]] if table else []
+    if any(header):
+        width, columns, table = len(header), {column: i for i, column in enumerate(header) if column}, table[1:]
+        columns.setdefault("name", 0)
+    else:
+        width, columns = 2, {"name": 0, "label": 1}
+    if not table:
+        raise DataError(f"{path} holds no samples: expected lines of name{',' if path.suffix == '.csv' else ' '}label")
+    rows = []
+    for line, fields in table:
+        if len(fields) != width or not all(fields[i] for i in columns.values()):
+            raise DataError(f"{path}, line {line}: {lines[line - 1].strip()!r}: expected {' and '.join(columns)}"
+                            f"{f' in a line of {width} columns' if path.suffix == '.csv' else ''}")
+        row = Row(line, **{column: fields[i] for column, i in columns.items()})
+        if row.name.startswith("/") or ".." in row.name.split("/"):
+            raise DataError(f"{path}, line {line}: {row.name!r} leads out of the data folder: expected a path below it")
+        rows.append(row)
+    return rows
+
+
+def read_split(path: Path, dataset: DataSet, split: str) -> tuple[list[Row], np.ndarray, list[str]]:
+    """The rows of a split, their labels as they are written, and notes on what was left out.
+
+    DataError where a label is no whole number.
+    """
+    rows, notes = read_list(path), []
+    if dataset.one_list:
+        rows = [row._replace(name=row.name.replace(".", "_aligned.")) for row in rows
+                if row.name.startswith(f"{split}_")]
+    for row in rows:
+        if not re.fullmatch(r"[+-]?\d+", row.label):
+            raise DataError(f"{path}, line {row.line}: {row.name!r} has the label {row.label!r}, no whole number")
+    labels, n = np.array([int(row.label) for row in rows]), len(dataset.classes)
+    if dataset.left_out and path.suffix == ".csv":
+        counts = [int((labels == n + i).sum()) for i in range(len(dataset.left_out))]
+        notes = [f"left out: {', '.join(f'{count} {word}' for count, word in zip(counts, dataset.left_out))}"]
+        kept = np.flatnonzero((labels < n) | (labels >= n + len(counts)))
+        rows, labels = [rows[i] for i in kept], labels[kept]
     if not rows:
-        raise DataError(f"{path} holds no samples: expected lines of name{separator or ' '}label")
-    for number, row in enumerate(rows, start=len(lines) - len(rows) + 1):
-        if len(row) != 2 or not row[0].strip() or not re.fullmatch(r"[+-]?\d+", row[1].strip()):
-            raise DataError(f"{path}, line {number}: {lines[number - 1]!r}: expected name{separator or ' '}label "
-                            "with a whole number as label")
-    return [row[0].strip() for row in rows], np.array([int(row[1]) for row in rows])
+        raise DataError(f"{path} holds no samples of the {split} split")
+    return rows, labels, notes
 
 
-def zero_based(labels: np.ndarray, both: np.ndarray, dataset: DataSet, path: Path) -> tuple[np.ndarray, str]:
+def zero_based(labels: np.ndarray, everywhere: np.ndarray, dataset: DataSet, path: Path) -> tuple[np.ndarray, str]:
     """Labels 0 to C - 1 and a note on what was found; DataError for anything else, before any training.
 
-    both: the labels of the training and the test file together, which tell whether they count from 1.
+    everywhere: the labels of all split files that are there, which tell whether they count from 1.
     """
     n, found = len(dataset.classes), f"{path}: labels run from {labels.min()} to {labels.max()}"
-    if both.min() == 1 and both.max() == n:
-        if dataset.one_based:
-            return labels - 1, f"{found}: counted from 1, mapped to 0 to {n - 1}"
-        raise DataError(f"{found}, but must run from 0 to {n - 1} ({', '.join(dataset.classes)}): "
-                        "they seem to be counted from 1; subtract 1")
+    low, high = everywhere.min(), everywhere.max()
+    if dataset.one_based and low >= 1 and high <= n:
+        if high < n:
+            raise DataError(f"{found}, and in all split files that are there from {low} to {high}: neither 0 nor {n} "
+                            "occurs, so they may count from 0 or from 1; put the data set's other split files there")
+        return labels - 1, f"{found}: counted from 1, mapped to 0 to {n - 1}"
     if labels.min() < 0 or labels.max() >= n:
         wrong = int(labels[(labels < 0) | (labels >= n)][0])
         raise DataError(f"{path}: label {wrong} is out of range: {n} classes have labels 0 to {n - 1} "
-                        f"({', '.join(f'{i} {c}' for i, c in enumerate(dataset.classes))})")
+                        f"({', '.join(f'{i} {c}' for i, c in enumerate(dataset.classes))})"
+                        + ("; they seem to be counted from 1: subtract 1" if (low, high) == (1, n) else ""))
     return labels, found
 
 
-def locate(root: Path, names: list[str], modality: str, split: Path) -> list[str]:
-    """The files or folders that the names of a split stand for. DataError names those that are missing.
+def own_labels(rows: list[Row], dataset: DataSet, path: Path) -> tuple[np.ndarray, str]:
+    """Class names -> labels. DataError for a class that the training file does not have."""
+    number = {name: i for i, name in enumerate(dataset.classes)}
+    for row in rows:
+        if row.label not in number and (row.label or dataset.classes):
+            raise DataError(f"{path}, line {row.line}: class {row.label!r} does not occur in {dataset.train[0]}, which "
+                            f"has {', '.join(dataset.classes) or 'no labels'}")
+    found = ", ".join(f"{i} {name}" for i, name in enumerate(dataset.classes)) or "no labels"
+    return np.array([number.get(row.label, -1) for row in rows]), f"{path}: {found}"
 
-    Clips: a folder of frames, or .mp4 or .avi in its place; numbers with or without leading zeros.
+
+def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.ndarray]:
+    """The files or folders that names stand for, and whether they are there (n,) bool; others keep their names.
+
+    Clips: a folder of frames, or .mp4 or .avi in its place; numbers with or without leading zeros. Each folder is
+    listed once: asking for hundreds of thousands of files one by one takes minutes on a network disk.
     """
-    suffixes = [""] if modality == "image" else ["", ".mp4", ".avi"]
-    found, missing = [], []
-    for name in names:
-        spellings = [name] if modality == "image" else dict.fromkeys([name, name.zfill(5), name.lstrip("0") or "0"])
-        for candidate in (spelling + suffix for spelling in spellings for suffix in suffixes):
-            if os.path.exists(root / candidate):
-                found.append(candidate)
-                break
-        else:
-            missing.append(name)
-    if missing:
-        raise DataError(f"{len(missing)} of the {len(names)} samples in {split} are not in {root}: "
-                        f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} (looked for "
-                        f"{missing[0]}{' as a folder of frames, .mp4 or .avi' if modality == 'video' else ''})")
-    return found
+    @cache
+    def entries(folder: str) -> frozenset[str]:
+        try:
+            return frozenset(os.listdir(root / folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return frozenset()
+        except OSError as error:
+            raise DataError(f"{root / folder} cannot be listed: {error}") from error
+
+    def find(name: str) -> str | None:
+        folder, slash, file = name.rpartition("/")
+        spellings, suffixes = [file], [""]
+        if modality == "video":
+            spellings, suffixes = dict.fromkeys([file, file.zfill(5), file.lstrip("0") or "0"]), ["", ".mp4", ".avi"]
+        return next((folder + slash + spelling + suffix for spelling in spellings for suffix in suffixes
+                     if spelling + suffix in entries(folder)), None)
+
+    found = [find(name) for name in names]
+    return [path or name for path, name in zip(found, names)], np.array([path is not None for path in found], bool)
 
 
-def load_samples(name: str, data_root: Path, split: str, fold: int = 1) -> Samples:
-    """All samples of a data set's "train" or "test" split. DataError if anything that it needs is missing or odd."""
+FILE_LIST = "files.txt"                     # beside the samples of a set without split files
+
+
+def scan(root: Path, pattern: str) -> list[bytes]:
+    """The files below `root` that match, sorted."""
+    files = glob.iglob(pattern, root_dir=root)
+    return sorted(os.fsencode(file) for file in tqdm(files, desc=f"listing {root}", unit=" files"))
+
+
+def file_list(root: Path, pattern: str, anew: bool = False) -> tuple[np.ndarray, str]:
+    """The files below `root` that match (n,) bytes, from the list file, which is written if there is none; a note."""
+    path = root / FILE_LIST
+    if path.exists() and not anew:
+        names = np.array(path.read_bytes().splitlines())
+        return names, f"{path}: {len(names)} files, as listed then (anew: python data.py list)"
+    names = scan(root, pattern)
+    temporary = path.with_name(f"{FILE_LIST}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(b"\n".join(names))
+        os.replace(temporary, path)
+    except OSError as error:
+        return np.array(names), f"{path} cannot be written, so that every start lists {root} anew: {error.strerror}"
+    return np.array(names), f"{path}: {len(names)} files listed now"
+
+
+def media_folder(name: str, data_root: Path, fold: int = 1) -> tuple[Path, int]:
+    """The first of the data set's folders that is there, and its stride. DataError if there is none."""
+    for path, stride in catalogue(name).media:
+        if (data_root / path).is_dir():
+            return data_root / path, stride
+    raise DataError(missing_message(name, data_root, fold, "none of its media folders is there"))
+
+
+def split_file(name: str, data_root: Path, split: str, fold: int) -> Path:
+    """The first of the split's files that is there. DataError if there is none."""
+    dataset = catalogue(name)
+    files = [data_root / path.format(fold=fold) for path in getattr(dataset, split)]
+    if not files:
+        raise DataError(f"{name} has no {split} file: expected train.csv,test.csv")
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise DataError(missing_message(name, data_root, fold, f"{files[0]} is not there"))
+    return path
+
+
+def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
+                 stride: int | None = None) -> tuple[Samples, np.ndarray]:
+    """What a data set's "train" or "test" split lists, and which of it is there (n,) bool. DataError where the lists
+    or the folder are missing or odd."""
     dataset, data_root = catalogue(name), Path(data_root)
     if not 1 <= fold <= dataset.folds:
         raise DataError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
-    root, stride = next(((data_root / path, stride) for path, stride in dataset.media
-                         if (data_root / path).is_dir()), (None, 0))
-    if root is None:
-        raise DataError(missing_message(name, data_root, fold, "none of its media folders is there"))
-    if dataset.train is None:
-        names = sorted(str(path.relative_to(root)) for path in root.glob(dataset.pattern))
-        if not names:
+    if stride is not None and stride < 1:
+        raise DataError(f"stride {stride}: expected 1 or more")
+    root, usual = media_folder(name, data_root, fold)
+    stride = stride or usual
+    if not dataset.train:
+        names, note = file_list(root, dataset.pattern)
+        if not len(names):
             raise DataError(missing_message(name, data_root, fold, f"no file {dataset.pattern} in {root}"))
-        return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), np.full(len(names), -1), stride)
+        return Samples(name, dataset, root, names, np.full(len(names), -1), stride, (note,)), np.ones(len(names), bool)
 
-    path = data_root / getattr(dataset, split).format(fold=fold)
-    if not path.is_file():
-        raise DataError(missing_message(name, data_root, fold, f"{path} is not there"))
-    names, labels = read_split(path)
-    files = {data_root / part.format(fold=fold) for part in (dataset.train, dataset.test)}
-    both = np.concatenate([read_split(file)[1] for file in files if file.is_file()])
-    labels, note = zero_based(labels, both, dataset, path)
-    names = locate(root, names, dataset.modality, path)
-    notes = [note]
-    if root != data_root / dataset.media[0][0]:
-        notes.append(f"{root}: 16 frames sampled by the data set's authors, so stride {stride}")
-    return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), labels, stride, tuple(notes), fold)
+    path = split_file(name, data_root, split, fold)
+    if is_own(name):
+        folder, rows = os.path.relpath(path.parent, root), read_list(path)
+        (labels, note), notes = own_labels(rows, dataset, path), []
+        rows = [row._replace(name=os.path.normpath(os.path.join(folder, row.name))) for row in rows]
+    else:
+        rows, labels, notes = read_split(path, dataset, split)
+        everywhere = labels
+        if dataset.one_based:               # a fold alone, or a part of one, need not hold the lowest or highest label
+            files = {(data_root / file.format(fold=f), part) for f in range(1, dataset.folds + 1)
+                     for part in ("train", "test") for file in getattr(dataset, part)}
+            everywhere = np.concatenate([read_split(file, dataset, part)[1] for file, part in files
+                                         if file.is_file()])
+        labels, note = zero_based(labels, everywhere, dataset, path)
+    names, there = locate(root, [row.name for row in rows], dataset.modality)
+    if usual != dataset.media[0][1]:
+        notes = [*notes, f"{root}: 16 frames sampled by the data set's authors, so stride {stride}"]
+    people = [row.person for row in rows] if rows[0].person else (
+        [name.split("/")[0] for name in names] if dataset.person_folders else None)
+    return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), labels, stride, (note, *notes),
+                   people and np.array([person.encode() for person in people])), there
+
+
+def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: int | None = None) -> Samples:
+    """All samples of a data set's "train" or "test" split, with its own stride or another. DataError if anything that
+    it needs is missing or odd."""
+    samples, there = find_samples(name, data_root, split, fold, stride)
+    if there.all():
+        return samples
+    missing = [os.fsdecode(name) for name in samples.names[~there].tolist()]
+    raise DataError(f"{len(missing)} of the {len(samples)} samples in {split_file(name, Path(data_root), split, fold)} "
+                    f"are not in {samples.root}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} (looked "
+                    f"for {missing[0]}"
+                    f"{' as a folder of frames, .mp4 or .avi' if samples.dataset.modality == 'video' else ''})")
 
 
 def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
     dataset = catalogue(name)
     wanted = [f"  {data_root / path}/{dataset.pattern}" for path, _ in dataset.media]
-    wanted += [f"  {data_root / path.format(fold=fold)}" for path in (dataset.train, dataset.test) if path]
+    wanted += ["  " + " or ".join(str(data_root / path.format(fold=fold)) for path in files)
+               for files in (dataset.train, dataset.test) if files]
     return "\n".join([f"data set {name} not found: {reason}. Looked below --data-root {data_root} for", *wanted,
                       "The same on synthetic faces, which need no download: python "
                       f"{Path(sys.argv[0]).name} --dataset synthetic"])
@@ -267,10 +457,11 @@ def read_image(path: Path) -> torch.Tensor:
     """An image as uint8 (3, H, W), upright. Its content, not its name, tells the format; of an animation the first."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip instead of scale
                 image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
@@ -281,16 +472,28 @@ def read_clip(path: Path, choose) -> torch.Tensor:
     choose: a function from the number of frames n to the T frame numbers wanted, in any order, repeats allowed.
     DataError names a file that cannot be decoded or has fewer frames than it says.
     """
-    if path.is_dir():
+    wanted, frames = (read_folder if os.path.isdir(path) else read_video)(path, choose)
+    sizes = {tuple(frame.shape[1:]) for frame in frames.values()}
+    if len(sizes) > 1:
+        raise DataError(f"{path}: frames of different sizes (height, width): {sorted(sizes)}")
+    return torch.stack([frames[i].permute(1, 2, 0) for i in wanted]).permute(0, 3, 1, 2)  # channels last: resizes fast
+
+
+def read_folder(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
+    """The frame numbers chosen and those frames, uint8 (3, H, W), of a folder."""
+    try:
         files = sorted((f for f in os.listdir(path) if f.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
                         and not f.startswith(".")), key=natural)
-        if not files:
-            raise DataError(f"{path} holds no frames (.jpg, .jpeg, .png or .bmp)")
-        wanted = choose(len(files))
-        frames = {i: read_image(path / files[i]) for i in sorted(set(wanted))}
-        if len({frame.shape for frame in frames.values()}) > 1:
-            raise DataError(f"{path}: frames of different sizes: {sorted({tuple(f.shape) for f in frames.values()})}")
-        return torch.stack([frames[i] for i in wanted])
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not files:
+        raise DataError(f"{path} holds no frames (.jpg, .jpeg, .png or .bmp)")
+    wanted = choose(len(files))
+    return wanted, {i: read_image(path / files[i]) for i in set(wanted)}
+
+
+def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
+    """The frame numbers chosen and those frames, uint8 (3, H, W), of a video file."""
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.video:
@@ -300,22 +503,48 @@ def read_clip(path: Path, choose) -> torch.Tensor:
             length = path.stat().st_size
             if any(entry.pos + entry.size > length for entry in stream.index_entries):
                 raise DataError(f"{path} is truncated: its index lists frames beyond the end of the file")
+            packets = [packet for packet in container.demux(stream) if packet.size]
             # Counted, not as declared; trimming without re-encoding leaves packets that are not to be shown.
-            total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-            container.seek(0)
-            wanted = choose(total) if total else []
-            to_rgb = VideoReformatter()     # one for all frames: it keeps its conversion tables
-            frames, last = {}, max(wanted, default=-1)
-            for i, frame in enumerate(container.decode(stream)):
-                if i in wanted:             # only these become RGB
-                    frames[i] = torch.from_numpy(to_rgb.reformat(frame, format="rgb24").to_ndarray())
-                if i >= last:
-                    break
+            times = [packet.pts for packet in packets if not packet.is_discard]
+            wanted = choose(len(times)) if times else []
+            number = {}                     # of each frame by its time; empty where times cannot tell (AVI has none)
+            timed = container.format.name.startswith(("mov,", "matroska")) and None not in times
+            if timed and len(set(times)) == len(times):
+                number = {time: i for i, time in enumerate(sorted(times))}
+            frames, first = {}, min((time for time, i in number.items() if i in wanted), default=None)
+            keys = [p.pts for p in packets if number and p.is_keyframe and p.pts is not None and p.pts <= first]
+            if keys:                        # from the last key frame on, all that is shown later can be decoded
+                container.seek(max(keys), stream=stream)
+                frames = decode(container, stream, set(wanted), number, skipping=True)
+            if len(frames) < len(set(wanted)):
+                container.seek(0)
+                frames = decode(container, stream, set(wanted), number)
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path} cannot be decoded: {error}") from error
     if not wanted or len(frames) < len(set(wanted)):
-        raise DataError(f"{path} is truncated: frame {last} of {total} cannot be decoded")
-    return torch.stack([frames[i] for i in wanted]).permute(0, 3, 1, 2)
+        raise DataError(f"{path} is truncated: of {len(times)} frames "
+                        f"{sorted(set(wanted) - frames.keys())[:1] or 'none'} cannot be decoded")
+    return wanted, frames
+
+
+def decode(container, stream, wanted: set[int], number: dict[int, int], skipping: bool = False) -> dict:
+    """Wanted frames by their number, uint8 (3, H, W), upright, decoded from where the container stands.
+
+    number: frame numbers by time; where it is empty, frames are counted. skipping: do not decode what is neither
+    wanted nor serves to predict other frames.
+    """
+    frames, counted, to_rgb = {}, count(), VideoReformatter()  # one reformatter keeps its tables
+    for packet in container.demux(stream):
+        whole = not skipping or number.get(packet.pts) in wanted
+        stream.codec_context.skip_frame = "DEFAULT" if whole else "NONREF"
+        for frame in packet.decode():
+            i = number.get(frame.pts) if number else next(counted)
+            if i in wanted:                 # only these become RGB
+                rgb = torch.from_numpy(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
+                frames[i] = torch.rot90(rgb, round(frame.rotation / 90)).permute(2, 0, 1)
+        if len(frames) == len(wanted):
+            break
+    return frames
 
 
 # -------------------------------------------------------------------------------------------------- clip sampling
@@ -593,6 +822,226 @@ def contact_sheet(rows: list[tuple[str, torch.Tensor]], least_height: int = 96) 
         ImageDraw.Draw(sheet).text((5, top + grid.shape[1] // 2), caption, "black", FONT, anchor="lm")
         top += grid.shape[1]
     return sheet
+
+
+# -------------------------------------------------------------------------------------------------- check and show
+
+# Data set, split, fold; digest of the list (see list_digest), "-" where it is not public; samples per class.
+PUBLISHED = """
+dfew train 1 b5e69af01c83a76a 1956 1515 2135 1738 1175 116 721
+dfew train 2 4661107af97e644e 1956 1515 2135 1738 1175 116 721
+dfew train 3 d7c2cd8081d8bde1 1956 1515 2135 1738 1175 116 722
+dfew train 4 e84214471e6128d6 1956 1515 2135 1739 1175 116 722
+dfew train 5 a400ea1da6645378 1956 1516 2136 1739 1176 116 722
+dfew test 1 e95d65196526742a 489 379 534 435 294 29 181
+dfew test 2 817025bc25f0173f 489 379 534 435 294 29 181
+dfew test 3 36ee181ee3e4f15c 489 379 534 435 294 29 180
+dfew test 4 2f3d7386a800cfe2 489 379 534 434 294 29 180
+dfew test 5 3c188ce5e476b3a0 489 378 533 434 293 29 180
+ferv39k train 1 6479f525367e41ad 5906 1833 1680 5854 7790 5523 2502
+ferv39k test 1 79bff140cce3582b 1487 467 431 1473 1958 1393 638
+mafw train 1 afd358bd96cf5b98 1112 732 188 145 511 500 993 209 910 1176 857
+mafw train 2 0fa3ad931fb3e6b4 1112 733 189 145 511 500 993 209 910 1176 857
+mafw train 3 2a1edb1dceffdb5e 1112 733 189 146 511 500 994 210 910 1176 858
+mafw train 4 8c85fa9dcaebc44d 1112 733 189 146 511 500 994 210 911 1176 858
+mafw train 5 4dab038ae08fa4a5 1112 733 189 146 512 500 994 210 911 1176 858
+mafw test 1 43299d4674cc1ec4 278 184 48 37 128 125 249 53 228 294 215
+mafw test 2 8faf27fa9220a0a6 278 183 47 37 128 125 249 53 228 294 215
+mafw test 3 b792978b766bf944 278 183 47 36 128 125 248 52 228 294 214
+mafw test 4 b3a0860e0b962e92 278 183 47 36 128 125 248 52 227 294 214
+mafw test 5 5e433379047a03e2 278 183 47 36 127 125 248 52 227 294 214
+affectnet-7 test 1 a4590d7506d24385 471 457 473 458 469 469 470
+affectnet-7 test 1 - 500 500 500 500 500 500 500
+affectnet-7 train 1 - 74874 134415 25459 14090 6378 3803 24882
+affectnet-8 test 1 - 500 500 500 500 500 500 500 500
+affectnet-8 train 1 - 74874 134415 25459 14090 6378 3803 24882 3750
+rafdb train 1 - 1290 281 717 4772 1982 705 2524
+rafdb test 1 - 329 74 160 1185 478 162 680
+"""
+
+
+def published(name: str, split: str, fold: int) -> list[tuple[str, list[int]]]:
+    """Digest and samples per class of each published version of a split."""
+    rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    return [(row[3], [int(count) for count in row[4:]]) for row in rows if row[:3] == [name, split, str(fold)]]
+
+
+def list_digest(names: list[str], labels: np.ndarray) -> str:
+    """16 hexadecimal digits of names and labels from 0, whatever the order, leading zeros and suffixes of videos."""
+    names = [name.removesuffix(".mp4").removesuffix(".avi").zfill(5) for name in names]
+    lines = sorted(f"{name},{label}" for name, label in zip(names, labels.tolist()))
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+class Inspection(torch.utils.data.Dataset):
+    """Reads samples as evaluation does: data[i] -> (i, frames, height, width, hash of the pixels, error or "")."""
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __getitem__(self, index: int):
+        path, counted = self.samples.path(index), []
+
+        def choose(n: int) -> list[int]:
+            counted.append(n)
+            return test_frames(n, SIZES["base"].frames, self.samples.stride)
+        try:
+            pixels = read_image(path)[None] if self.samples.dataset.modality == "image" else read_clip(path, choose)
+        except DataError as error:
+            return index, 0, 0, 0, 0, str(error)
+        content = hashlib.blake2b(repr(pixels.shape).encode() + pixels.numpy().tobytes(), digest_size=8).digest()
+        return index, *(counted or [1]), *pixels.shape[-2:], int.from_bytes(content, "big", signed=True), ""
+
+
+def inspect(samples: Samples, there: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Read the samples that are there on all cores. Returns columns frames, height, width, pixels; and errors."""
+    table, errors = np.zeros((len(samples), 4), np.int64), []
+    for i, *row, error in tqdm(loader(Inspection(samples), os.cpu_count() or 1, batch_size=None,
+                                      sampler=np.flatnonzero(there)), desc=f"reading {samples.name}"):
+        table[i] = row
+        errors += [error] if error else []
+    return table, errors
+
+
+def few(items) -> str:
+    """How many there are, and the first of them."""
+    items = [os.fsdecode(item) for item in items]
+    return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
+
+
+def same_pixels(pixels: np.ndarray) -> list[np.ndarray]:
+    """Groups of positions in the hashes (n,) where they are the same; 0 = not read."""
+    order = np.argsort(pixels, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(pixels[order])) + 1)
+    return [group for group in groups if len(group) > 1 and pixels[group[0]]]
+
+
+def check_lists(splits: dict[str, Samples], title: str, fold: int) -> list[str]:
+    """Print a fold's labels and counts beside the published ones; returns what is wrong with its lists."""
+    wrong, columns = [], [["", *next(iter(splits.values())).dataset.classes, "in all"]]
+    for split, samples in splits.items():
+        print(f"{title}{split}", *samples.notes, sep="\n  ")
+        versions = published(samples.name, split, fold)
+        counts = samples.counts() if samples.dataset.classes else []
+        columns += [[head, *map("{:,}".format, [*each, sum(each) or len(samples)])] for head, each
+                    in [(split, counts), *(("published", each) for _, each in versions)]]
+        digest = versions and list_digest([os.fsdecode(name) for name in samples.names.tolist()], samples.labels)
+        if any(known == digest for known, _ in versions):
+            print("  matches the published split")
+        elif ("-", counts) in versions:
+            print("  has the published number of samples of each class")
+        elif versions:
+            same = counts in [each for _, each in versions]
+            wrong.append(f"{title}{split} is not the published split: {'other samples' if same else 'other counts'}")
+        names, times = np.unique(samples.names, return_counts=True)
+        if len(names) < len(samples):
+            wrong.append(f"{title}{split} lists more than once: {few(names[times > 1])}")
+    for name, *cells in zip(*columns):
+        print(f"  {name:15}" + "".join(f"{cell:>12}" for cell in cells))
+    return wrong
+
+
+def check_overlap(parts: dict[str, tuple[Samples, np.ndarray]], title: str) -> list[str]:
+    """What is wrong between the samples of a fold: the same ones, people or pixels in train and test, or the same
+    pixels under two labels. parts: the samples of each split and the hashes of their pixels."""
+    wrong, splits = [], [samples for samples, _ in parts.values()]
+    names, labels = (np.concatenate([getattr(samples, field) for samples in splits]) for field in ("names", "labels"))
+    test = np.repeat([split == "test" for split in parts], [len(samples) for samples in splits])
+    leaks, differing, harmless = [], [], []
+    for group in same_pixels(np.concatenate([pixels for _, pixels in parts.values()])):
+        files = dict.fromkeys(map(os.fsdecode, names[group].tolist()))
+        if len(files) > 1:                  # else one sample that is listed twice
+            kind = leaks if len(set(test[group])) > 1 else differing if len(set(labels[group])) > 1 else harmless
+            kind.append(" = ".join(files))
+    if harmless:
+        print(f"{title}the same pictures twice, with the same label: {few(harmless)}")
+    people = [samples.people for samples in splits if samples.people is not None]
+    for what, both in (("samples", np.intersect1d(names[test], names[~test])),
+                       ("people", np.intersect1d(*people) if len(people) == 2 else []), ("the same pictures", leaks)):
+        if len(both):
+            wrong.append(f"{title}{what} in both train and test: {few(both)}")
+    if differing:
+        wrong.append(f"{title}the same pictures with different labels: {few(differing)}")
+    return wrong
+
+
+def check(name: str, data_root: Path, fold: int | None = None, stride: int | None = None) -> list[str]:
+    """Read every sample of a data set once, print what it holds, and return what is wrong. Without a fold: all."""
+    dataset, wrong = catalogue(name), []
+    folds = range(1, dataset.folds + 1) if fold is None else [fold]
+    splits = ["train", "test"] if dataset.test else ["train"]
+    found = {(f, split): find_samples(name, data_root, split, f, stride) for f in folds for split in splits}
+    one = found[folds[0], "train"][0]
+    every = replace(one, names=np.unique(np.concatenate([samples.names for samples, _ in found.values()])))
+    place = {key: np.searchsorted(every.names, samples.names) for key, (samples, _) in found.items()}
+    there = np.zeros(len(every), bool)
+    for key, (_, present) in found.items():
+        there[place[key]] = present
+    if not dataset.train:
+        now = np.array(scan(every.root, dataset.pattern))
+        there, unlisted = np.isin(every.names, now), np.setdiff1d(now, every.names)
+        if len(unlisted) or not there.all():
+            wrong.append(f"{every.root / FILE_LIST} is out of date, {len(unlisted)} files are not in it: "
+                         f"python data.py list --dataset {name}")
+    table, errors = inspect(every, there)
+    stride = f", stride {every.stride}" if dataset.modality == "video" else ""
+    print(f"{name}: {len(every):,} {dataset.modality}s in {every.root}{stride}")
+    for f in folds:
+        title = f"fold {f}, " if dataset.folds > 1 else ""
+        wrong += check_lists({split: found[f, split][0] for split in splits}, title, f)
+        wrong += check_overlap({split: (found[f, split][0], table[place[f, split], 3]) for split in splits}, title)
+    if not there.all():
+        wrong.append(f"missing in {every.root}: {few(every.names[~there])}")
+    if errors:
+        wrong.append(f"unreadable: {few(errors)}")
+    counted = table[table[:, 0] > 0]
+    if len(counted):
+        shapes, times = np.unique(counted[:, 1:3], axis=0, return_counts=True)
+        common = np.argsort(-times)[:5]
+        print("height x width: " + ", ".join(f"{shapes[i][0]} x {shapes[i][1]} ({times[i]:,})" for i in common)
+              + (f" and {len(shapes) - 5} others" if len(shapes) > 5 else ""))
+    if len(counted) and dataset.modality == "video":
+        low, high = counted[:, 0].min(), counted[:, 0].max()
+        print(f"frames of a clip: {low} minimum, {np.median(counted[:, 0]):g} median, {high} maximum")
+        if every.stride > 1 and high <= SIZES["base"].frames:
+            wrong.append(f"no clip has more than {high} frames: they were sampled already, but stride {every.stride} "
+                         f"is meant for whole clips: put these into {every.root}, or give --stride 1")
+    return wrong
+
+
+def show(name: str, data_root: Path, fold: int = 1, stride: int | None = None, masked: bool = False,
+         seed: int = 0) -> Image.Image:
+    """A contact sheet of one batch as training gets it: 8 clips as rows of frames, or images, a row for each class.
+
+    masked: as stage 1 gets it (always, where there are no classes), with the masked patches grey.
+    """
+    samples, synthetic = load_samples(name, data_root, "train", fold, stride), name.startswith("synthetic")
+    classes, kind, size = samples.dataset.classes, samples.dataset.modality, SIZES["tiny" if synthetic else "base"]
+    stage = "finetune" if classes and not masked else "pretrain"
+    batch = 8 if kind == "video" else 16 * max(1, len(classes))
+    sources = {kind: Source(samples, batch, batch, balanced=kind == "image" and stage == "finetune")}
+    batches = loader(TrainingData(sources, stage, size, "light" if synthetic else "paper"), 0, batch_size=None,
+                     sampler=Schedule(sources, seed, 1, 0, 1))
+    micro, x, labels, unreadable = next(iter(batches))
+    if unreadable:
+        raise DataError(unreadable[0])
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    x = to_float(x).reshape(len(x), 3, -1, size.pixels, size.pixels)        # (B, 3, T, H, W), T = 1 for images
+    x = (255 * (x * std + mean)).round().clamp(0, 255).byte()
+    if masked:
+        torch.manual_seed(micro.seed)       # the masks that training draws for this batch on the CPU
+        cells = size.pixels // size.patch
+        mask = random_mask(len(x), getattr(size, f"{kind}_tokens"), MASK_RATIO[kind]).unflatten(1, (-1, cells, cells))
+        for dim, times in enumerate((size.tubelet, size.patch, size.patch), start=1):
+            mask = mask.repeat_interleave(times, dim)
+        x = x.masked_fill(mask[:, None, :x.shape[2]], 128)
+    x = x.transpose(1, 2)                                                   # (B, T, 3, H, W)
+    if kind == "video":
+        captions = [f"{classes[label] if classes else ''}\n{os.fsdecode(bytes(samples.names[i]))[-30:]}"
+                    for label, i in zip(labels.tolist(), micro.index)]
+        return contact_sheet(list(zip(captions, x)))
+    return contact_sheet([(classes[label] if classes else "", x[labels == label][:16, 0])
+                          for label in labels.unique().tolist()])
 
 
 # ------------------------------------------------------------------------------------------------- synthetic faces
@@ -953,16 +1402,51 @@ def write_synthetic(root: Path, seed: int = 0, scale: float = 1.0) -> None:
     temporary.rename(root)
 
 
+def settings() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Write the synthetic faces; list, check or show a data set.")
+    commands = p.add_subparsers(dest="command", required=True)
+    for name, text in (("synthetic", "write the synthetic faces"), ("list", "list the files of an unlabelled set anew"),
+                       ("check", "read every sample; exit status 1 if anything is wrong"),
+                       ("show", "draw what training gets as one PNG")):
+        c = commands.add_parser(name, help=text, description=text)
+        c.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets")
+        if name != "synthetic":
+            c.add_argument("--dataset", required=True, type=dataset_name(), help="as in finetune.py and pretrain.py")
+        if name in ("check", "show"):
+            c.add_argument("--fold", type=int, default=1 if name == "show" else None,
+                           help="of cross-validation (check: all, show: 1)")
+            c.add_argument("--stride", type=int, help="of the frames of a clip (the data set's)")
+        if name in ("synthetic", "show"):
+            c.add_argument("--seed", type=int, default=0, help="of everything random")
+        if name == "synthetic":
+            c.add_argument("--scale", type=float, default=1.0,
+                           help="1 = 2,100 images, 560 labelled clips, 1,600 videos")
+        if name == "show":
+            c.add_argument("--mask", action="store_true", help="as stage 1 gets it, masked patches grey")
+            c.add_argument("--output", type=Path, default=Path("sheet.png"), help="the PNG file")
+    return p
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description="Write the synthetic faces.")
-    p.add_argument("command", choices=["synthetic"])
-    p.add_argument("--data-root", type=Path, default=Path("data"), help="they go into its folder synthetic")
-    p.add_argument("--seed", type=int, default=0, help="of people, expressions and pictures")
-    p.add_argument("--scale", type=float, default=1.0, help="1 = 2,100 images, 560 labelled clips, 1,600 videos")
-    args = p.parse_args()
+    args = settings().parse_args()
     try:
-        write_synthetic(args.data_root / "synthetic", args.seed, args.scale)
-    except DataError as error:
+        if args.command == "synthetic":
+            return write_synthetic(args.data_root / "synthetic", args.seed, args.scale)
+        ensure_synthetic([args.dataset], args.data_root)
+        if args.command == "list":
+            if catalogue(args.dataset).train:
+                raise DataError(f"{args.dataset} has split files: there is nothing to list")
+            root, _ = media_folder(args.dataset, args.data_root)
+            print(file_list(root, catalogue(args.dataset).pattern, anew=True)[1])
+        elif args.command == "show":
+            sheet = show(args.dataset, args.data_root, args.fold, args.stride, args.mask, args.seed)
+            sheet.save(args.output, "PNG")
+            print(f"wrote {args.output}")
+        elif wrong := check(args.dataset, args.data_root, args.fold, args.stride):
+            raise DataError("\nerror: ".join(wrong))
+        else:
+            print("nothing is wrong")
+    except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

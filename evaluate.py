@@ -33,8 +33,8 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (FONT, Crop, DataError, DataSet, Samples, TestData, catalogue, contact_sheet, ensure_synthetic,
-                  load_samples, loader, names, natural, read_clip, read_image, to_float)
+from data import (FONT, Crop, DataError, DataSet, Samples, TestData, catalogue, contact_sheet, dataset_name,
+                  ensure_synthetic, load_samples, loader, natural, read_clip, read_image, to_float)
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, CheckpointError, MaskedAutoencoder, Size, at_least_fp32,
                    normalised_target, patchify, read_checkpoint, rebuild, same_classes, unnamed)
 from pretrain import Formatter, Run, default_workers, guarded, start
@@ -393,7 +393,7 @@ def report_reconstructions(args, run: Run, path: Path, checkpoint: dict, report:
     ensure_synthetic(datasets, args.data_root, run)
     for name in datasets:
         fold = trained.get("fold", 1) if catalogue(name).folds > 1 else 1
-        samples = load_samples(name, args.data_root, "test", fold)
+        samples = load_samples(name, args.data_root, "test", fold, trained.get("stride"))
         source, data = samples.dataset.modality, TestData(samples, model.size)
         data.resize = v2.Compose([Crop(samples.dataset.crop), data.resize])  # as stage 1 cuts them
         index = np.unique(np.linspace(0, len(samples) - 1, 32).round().astype(int))
@@ -486,7 +486,7 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
                             f"{list(model.head)}")
     totals = {file: frames_in(file, source, args.crop) for source, mine in groups.items() for file in mine}
     trained = checkpoint.get("settings", {}).get("videos", "none")
-    stride = catalogue(trained).media[0][1] if trained != "none" else 4
+    stride = checkpoint.get("settings", {}).get("stride") or (catalogue(trained).media[0][1] if trained != "none" else 4)
     for source, mine in groups.items():
         if not mine:
             continue
@@ -690,7 +690,7 @@ def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: s
                report: Report) -> tuple[Samples, Observed, dict]:
     """A pass over a test set and the scores, with warnings where its samples are not those that training recorded, or
     were trained on."""
-    samples = load_samples(name, args.data_root, "test", fold)
+    samples = load_samples(name, args.data_root, "test", fold, checkpoint.get("settings", {}).get("stride"))
     source = samples.dataset.modality
     check_classes(model, samples)
     recorded = checkpoint.get("data", {}).get("test", {}).get(source, {})
@@ -845,7 +845,7 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", type=Path, action="append", help="best.pt or last.pt of finetune.py; given twice, "
                    "both are shown side by side; with --report also last.pt of pretrain.py")
     p.add_argument("--folds", type=Path, nargs="+", metavar="CHECKPOINT", help="a checkpoint of each fold of --dataset")
-    p.add_argument("--dataset", choices=[*names("video", labelled=True), *names("image", labelled=True)],
+    p.add_argument("--dataset", type=dataset_name(labelled=True),
                    help="data set to test on (those that the checkpoint was trained on)")
     p.add_argument("--fold", type=int, help="its fold (the checkpoint's)")
     p.add_argument("--report", type=Path, metavar="FOLDER", help="write all tables and figures there, with README.md")

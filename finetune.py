@@ -16,8 +16,8 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import (DataError, Schedule, Source, TrainingData, ensure_synthetic, hold_out, load_samples, names,
-                  to_float)
+from data import (DataError, Schedule, Source, TrainingData, dataset_name, ensure_synthetic, hold_out, load_samples,
+                  short_name, to_float)
 from evaluate import evaluate, table
 from model import (EXPERT_SETTINGS, S4D, SIZES, CheckpointError, SettingError, at_least_fp32, initialise, modality,
                    read_checkpoint, rebuild)
@@ -34,9 +34,9 @@ def settings() -> argparse.ArgumentParser:
                         "images only --dataset none; clips only --image-dataset none; VideoMAE is ViT with a stage 1 "
                         "of videos only. Table VIII: --moae-layers early, middle, later, alternate. Fig. 3: --experts, "
                         "--moae-layers 8,9,10,11, --image-share.")
-    p.add_argument("--dataset", default="dfew", choices=["none", *names("video", labelled=True)],
+    p.add_argument("--dataset", default="dfew", type=dataset_name("video", labelled=True, others=("none",)),
                    help="labelled clips, or none")
-    p.add_argument("--image-dataset", choices=["none", *names("image", labelled=True)],
+    p.add_argument("--image-dataset", type=dataset_name("image", labelled=True, others=("none",)),
                    help="labelled images, or none (affectnet-7, or synthetic-images)")
     p.add_argument("--pretrained", help="stage-1 checkpoint, or none (last.pt of pretrain.py's default run)")
     p.add_argument("--epochs", type=int, default=100, help="passes over the clips")
@@ -87,7 +87,7 @@ def main() -> None:
         args.no_residual, args.balance = True, args.balance or 1e-3
     if args.expert == "ffn" and (args.no_residual or args.adapter_width):
         raise SettingError("--expert ffn has no adapters: --no-residual, --as-released, --adapter-width do not apply")
-    args.output = args.output or Path("runs") / args.dataset / f"fold{args.fold}"
+    args.output = args.output or Path("runs") / short_name(args.dataset) / f"fold{args.fold}"
     args.pretrained = args.pretrained or f"runs/pretrain-{'synthetic' if synthetic else 'voxceleb2'}/last.pt"
     sources, validation, test = load_sources(args, run)
     folder = RunFolder(args, "finetune", sources, validation or test)
@@ -143,8 +143,8 @@ def load_sources(args, run) -> tuple[dict, dict, dict]:
         if getattr(args, f"{name}s") == "none":
             continue
         fold = args.fold if name == "video" else 1
-        samples = load_samples(getattr(args, f"{name}s"), args.data_root, "train", fold)
-        test[name] = load_samples(samples.name, args.data_root, "test", fold)
+        samples = load_samples(getattr(args, f"{name}s"), args.data_root, "train", fold, args.stride)
+        test[name] = load_samples(samples.name, args.data_root, "test", fold, args.stride)
         if args.validation:
             samples, validation[name] = hold_out(samples, args.validation, args.seed)
         sources[name] = Source(samples, batch, -(-micro * batch // args.batch_size),

@@ -33,8 +33,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (DataError, Samples, Schedule, Source, TrainingData, ensure_synthetic, load_samples, loader, names,
-                  to_float)
+from data import (DataError, Samples, Schedule, Source, TrainingData, dataset_name, ensure_synthetic, load_samples,
+                  loader, short_name, to_float)
 from model import (MASK_RATIO, SIZES, CheckpointError, DamagedError, MaskedAutoencoder, SettingError, load_weights,
                    masked_tokens, modality, read_checkpoint)
 
@@ -47,8 +47,9 @@ def settings() -> argparse.ArgumentParser:
     p = common_settings(__doc__, TINY, "Table IV: images only --dataset none --image-mask-ratio 0.75; videos only "
                         "--image-dataset none --video-mask-ratio 0.9; both (the default); videos and their frames "
                         "--image-dataset frames --image-share 0.263. Fig. 3c: --image-share.")
-    p.add_argument("--dataset", default="voxceleb2", choices=["none", *names("video")], help="videos, or none")
-    p.add_argument("--image-dataset", choices=["none", "frames", *names("image")],
+    p.add_argument("--dataset", default="voxceleb2", type=dataset_name("video", others=("none",)),
+                   help="videos, or none")
+    p.add_argument("--image-dataset", type=dataset_name("image", others=("none", "frames")),
                    help="images; frames = one of each video; or none (affectnet-8, or synthetic-images)")
     p.add_argument("--epochs", type=int, default=100, help="passes over the data")
     p.add_argument("--batch-size", type=int, default=384, help="images or clips of one optimiser step, all processes")
@@ -70,6 +71,7 @@ def common_settings(description: str, tiny: dict, systems: str) -> argparse.Argu
                                                  + [f"With --size tiny the defaults are {changed}"]))
     p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets (layouts: README)")
     p.add_argument("--fold", type=int, default=1, help="cross-validation fold, counted from 1")
+    p.add_argument("--stride", type=int, help="of the frames of a clip (the data set's, in the README's table)")
     p.add_argument("--size", choices=list(SIZES), help="of the model (base, or tiny on synthetic faces)")
     p.add_argument("--micro-batch", type=int, help="samples (in stage 2 clips, and images in proportion) that one "
                    "process computes at once; a batch is gathered from as many as it takes (half a batch)")
@@ -122,7 +124,7 @@ def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None)
 def main() -> None:
     args = parse(settings(), TINY)
     run = start(args.size)
-    args.output = args.output or Path("runs") / f"pretrain-{args.dataset}"
+    args.output = args.output or Path("runs") / f"pretrain-{short_name(args.dataset)}"
     args.videos = {"synthetic": "synthetic-unlabelled"}.get(args.dataset, args.dataset)
     args.images = args.image_dataset or ("synthetic-images" if args.dataset == "synthetic" else "affectnet-8")
     sources = load_sources(args, run)
@@ -155,8 +157,8 @@ def load_sources(args, run) -> dict[str, Source]:
         if args.batch_size % args.repeats or micro % args.repeats:
             raise DataError(f"--repeats {args.repeats} must divide --batch-size {args.batch_size} and the micro-batch "
                             f"{micro}: a micro-batch holds all samples of a decoded clip")
-        sources["video"] = Source(load_samples(args.videos, args.data_root, "train", args.fold), args.batch_size,
-                                  micro, repeats=args.repeats)
+        sources["video"] = Source(load_samples(args.videos, args.data_root, "train", args.fold, args.stride),
+                                  args.batch_size, micro, repeats=args.repeats)
     if args.images != "none":
         name, fold = (args.videos, args.fold) if args.images == "frames" else (args.images, 1)
         samples = load_samples(name, args.data_root, "train", fold)

@@ -1,14 +1,19 @@
 """Behaviour of data.py: split files, readers, clip sampling, augmentation, schedule, loading and synthetic faces."""
+import argparse
 import hashlib
+import os
 import shutil
+import struct
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
@@ -81,7 +86,7 @@ def test_split_files_as_people_have_them(tmp_path, name, text, paths, labels, st
 @pytest.mark.parametrize("listed", ["00007", "7"])
 @pytest.mark.parametrize("stored", ["00007", "7", "00007.mp4", "7.avi"])
 def test_dfew_names_with_and_without_zeros_find_folders_and_videos(tmp_path, listed, stored):
-    write_set(tmp_path, "dfew", f"video_name,label\n{listed},3\n", [stored])
+    write_set(tmp_path, "dfew", f"video_name,label\n{listed},0\n", [stored])
     assert paths_of(load_samples("dfew", tmp_path, "train")) == [stored]
 
 
@@ -136,10 +141,64 @@ def test_voxceleb2_is_every_video_of_its_tree(tmp_path):
     assert str(tmp_path / "VoxCeleb2") in error_of("voxceleb2", tmp_path)
 
 
+def test_rafdb_has_one_list_for_both_splits_and_labels_from_1(tmp_path):
+    listed = tmp_path / "RAF-DB/basic/EmoLabel/list_patition_label.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("train_00001.jpg 5\ntrain_00002.jpg 7\ntest_0001.jpg 1\n")
+    stored = tmp_path / "RAF-DB/basic/Image/aligned"
+    stored.mkdir(parents=True)
+    for name in ("train_00001", "train_00002", "test_0001"):
+        (stored / f"{name}_aligned.jpg").touch()
+    train, test = (load_samples("rafdb", tmp_path, split) for split in ("train", "test"))
+    assert paths_of(train) == ["train_00001_aligned.jpg", "train_00002_aligned.jpg"]
+    assert [train.dataset.classes[label] for label in train.labels] == ["sadness", "neutral"]
+    assert paths_of(test) == ["test_0001_aligned.jpg"] and test.dataset.classes[test.labels[0]] == "surprise"
+
+
+@pytest.mark.parametrize("name, kept, said", [
+    ("affectnet-7", [0, 6], "1 contempt, 0 none, 2 uncertain, 1 no face"),
+    ("affectnet-8", [0, 6, 7], "0 none, 2 uncertain, 1 no face")])
+def test_the_original_csv_of_affectnet_loses_what_has_no_class_and_says_how_many(tmp_path, name, kept, said):
+    folder = tmp_path / "AffectNet"
+    (folder / "Manually_Annotated_Images/1").mkdir(parents=True)
+    lines = ["subDirectory_filePath,face_x,facial_landmarks,expression,valence"]
+    for i, label in enumerate([0, 9, 6, 7, 10, 9]):
+        lines.append(f"1/{i}.jpg,0,1;2;3,{label},-2")
+        (folder / f"Manually_Annotated_Images/1/{i}.jpg").touch()
+    (folder / "training.csv").write_text("\n".join(lines))
+    samples = load_samples(name, tmp_path, "train")
+    assert samples.labels.tolist() == kept and any(said in note for note in samples.notes)
+    # A list file, under the released code's name, comes first.
+    (folder / f"train_affectnet{name[-1]}_2w.txt").write_text("1/3.jpg 4\n")
+    assert paths_of(load_samples(name, tmp_path, "train")) == ["1/3.jpg"]
+
+
+def test_part_of_dfew_whose_labels_may_count_from_0_or_from_1(tmp_path):
+    split = write_set(tmp_path, "dfew", "video_name,label\n00001,3\n00002,6\n", ["00001", "00002"])
+    message = error_of("dfew", tmp_path)
+    assert str(split) in message and "neither 0 nor 7" in message
+    other = tmp_path / "DFEW/EmoLabel_DataSplit/test(single-labeled)/test_set_4.csv"  # of another fold
+    other.parent.mkdir(parents=True)
+    for label, expected in ((7, [2, 5]), (0, [3, 6])):
+        other.write_text(f"video_name,label\n7,{label}\n")
+        assert load_samples("dfew", tmp_path, "train").labels.tolist() == expected
+
+
+@pytest.mark.parametrize("line", ["../secret,0", "1/../../secret,0", "/etc/passwd,0"])
+def test_no_list_leads_out_of_the_data_folder(tmp_path, line):
+    split = write_set(tmp_path, "dfew", f"video_name,label\n00001,0\n{line}\n", ["00001"])
+    message = error_of("dfew", tmp_path)
+    assert f"{split}, line 3" in message and line.split(",")[0] in message
+    split.write_text("video_name,label\n00001,0\n00002,1\n")  # a link that the user made is fine
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "DFEW/clip_jpg_256/00002").symlink_to(tmp_path / "elsewhere")
+    assert paths_of(load_samples("dfew", tmp_path, "train")) == ["00001", "00002"]
+
+
 @pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the real split files are not beside the repository")
 def test_real_split_files_hold_the_published_counts():
     def labels(name, path):
-        found = data.read_split(ANNOTATIONS / path)[1]
+        found = data.read_split(ANNOTATIONS / path, CATALOGUE[name], "test")[1]
         return data.zero_based(found, found, CATALOGUE[name], path)[0]
 
     dfew = [labels("dfew", f"DFEW/test_set_{fold}.csv") for fold in range(1, 6)]
@@ -149,8 +208,78 @@ def test_real_split_files_hold_the_published_counts():
     assert mafw == [1839, 1837, 1833, 1832, 1831]
     assert [len(labels("ferv39k", f"FERV39K/{split}.csv")) for split in ("train", "test")] == [31088, 7847]
     assert len(labels("affectnet-7", "AffectNet/test_affectnet7.txt")) == 3267
-    names, ids = data.read_split(ANNOTATIONS / "FERV39K/train.csv")  # names hold the class: checks the label order
-    assert all(name.split("/")[1].lower() == CATALOGUE["ferv39k"].classes[i] for name, i in zip(names, ids))
+    rows, ids, _ = data.read_split(ANNOTATIONS / "FERV39K/train.csv", CATALOGUE["ferv39k"], "train")
+    assert all(row.name.split("/")[1].lower() == CATALOGUE["ferv39k"].classes[i] for row, i in zip(rows, ids))
+
+
+# ---------------------------------------------------------------------------------------------------- one's own data
+
+def write_own(folder: Path, **lists: str) -> str:
+    """Write lists and, empty, what they name; returns the data set's name."""
+    for stem, text in lists.items():
+        (folder / f"{stem}.csv").parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}.csv").write_text(text, encoding="utf-8")
+        for line in text.splitlines()[1:]:
+            path = folder / line.split(",")[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch() if path.suffix else path.mkdir(exist_ok=True)
+    return ",".join(str(folder / f"{stem}.csv") for stem in lists)
+
+
+def test_own_clips_and_images_have_class_names(tmp_path):
+    name = write_own(tmp_path, train="path,label,person\nclips/a b.mp4,sad,1\nclips/Müller 表情,happy,2\n7.avi,angry,2\n",
+                     test="path,label\nclips/c.mp4,happy\n")
+    train, test = (load_samples(name, tmp_path / "unused", split) for split in ("train", "test"))
+    assert train.dataset.modality == "video" and train.dataset.classes == ("angry", "happy", "sad")
+    assert paths_of(train) == ["clips/a b.mp4", "clips/Müller 表情", "7.avi"] and train.labels.tolist() == [2, 1, 0]
+    assert train.people.tolist() == [b"1", b"2", b"2"] and train.stride == 4
+    assert paths_of(test) == ["clips/c.mp4"] and test.labels.tolist() == [1]
+    name = write_own(tmp_path / "images", train="path\n1.jpg\n2.PNG\n")  # stage 1 needs no labels
+    samples = load_samples(name, tmp_path, "train")
+    assert samples.dataset.modality == "image" and samples.labels.tolist() == [-1, -1]
+    assert data.short_name(name) == "train"
+
+
+@pytest.mark.parametrize("lists, words", [
+    (dict(train="path,label\na.mp4,happy\n", test="path,label\nb.mp4,sad\n"), ["test.csv, line 2", "sad", "happy"]),
+    (dict(train="path,label\na.mp4,happy\nb.jpg,sad\n"), ["a.mp4", "b.jpg"]),
+    (dict(train="path,label\na.mp4,happy\nb.mp4\n"), ["train.csv, line 3"]),
+    (dict(train="path,label\na.mp4,happy\n../b.mp4,sad\n"), ["train.csv, line 3", "../b.mp4"]),
+    (dict(train="path,label\na.mp4,happy\n"), ["no test file"]),
+    (dict(train="path,label\na.mp4,x\n", test="path,label\nb.mp4,x\n", third="path,label\nc.mp4,x\n"), ["3 files"]),
+], ids=["unknown class", "mixed", "short line", "outside", "no test", "three files"])
+def test_bad_lists_of_own_data_are_named(tmp_path, lists, words):
+    name = write_own(tmp_path, **lists)
+    with pytest.raises(DataError) as caught:
+        load_samples(name, tmp_path, "test")
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_own_clips_through_stage_2_and_evaluation(faces, tmp_path):
+    clips = load_samples("synthetic", faces, "train")
+    (tmp_path / "faces").symlink_to(clips.root)
+    for split, every in (("learn", 2), ("held", 3)):
+        lines = [f"faces/{path},{clips.dataset.classes[label]}"
+                 for path, label in list(zip(paths_of(clips), clips.labels))[every - 2::every]]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    text = run_command(tmp_path, "finetune.py", "--dataset", "learn.csv,held.csv", "--image-dataset", "none", "--size",
+                       "tiny", "--epochs", 1, "--warmup-epochs", 0, "--pretrained", "none", "--workers", 1)
+    assert "writing to runs/learn/fold1" in text and "0 angry, 1 disgust" in text
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", "runs/learn/fold1/last.pt", "--workers", 1)
+    assert "learn.csv,held.csv: 9 test samples" in text
+    text = run_command(tmp_path, "pretrain.py", "--image-dataset", "learn.csv", status=2)
+    assert "learn.csv holds videos with labels: expected none, frames" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name, fits", [("affectnet-7", False), ("voxceleb2", False), ("lost.csv", False), ("x", False),
+                                        ("dfew", True), ("none", True)])
+def test_a_stage_takes_data_sets_of_its_kind(name, fits):
+    check = data.dataset_name("video", labelled=True, others=("none",))
+    if fits:
+        assert check(name) == name
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match=name):
+            check(name)
 
 
 # --------------------------------------------------------------------------------------------------------- readers
@@ -158,13 +287,21 @@ def test_real_split_files_hold_the_published_counts():
 GREY_STEP = 6  # frame i of a test video is grey level 6 * i: far enough apart for a codec
 
 
-def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **container_options) -> Path:
+def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", pix_fmt: str = "yuv420p", uneven: bool = False,
+                options: dict = {}, **container_options) -> Path:
+    """uneven: a variable frame rate."""
+    quality = {"crf": "10"} if codec == "libx264" else {"qmax": "2"}
     with av.open(str(path), "w", options=container_options) as container:
-        stream = container.add_stream(codec, rate=25, options={"crf": "10"} if codec == "libx264" else {"qmax": "2"})
+        stream = container.add_stream(codec, rate=25, options=quality | options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        stream.pix_fmt = pix_fmt
+        if uneven:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+            if uneven:
+                picture.pts, picture.time_base = 40 * i + 17 * (i % 3 == 1), Fraction(1, 1000)
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
 
@@ -224,7 +361,8 @@ def two_colours() -> Image.Image:
 @pytest.mark.parametrize("name, mode, options", [
     ("plain.jpg", "RGB", {}), ("palette.png", "P", {}), ("cmyk.jpg", "CMYK", {}), ("alpha.png", "RGBA", {}),
     ("webp.jpg", "RGB", {"format": "WEBP"}), ("face.bmp", "RGB", {}), ("grey.jpg", "L", {}), ("16 bit.png", "I;16", {}),
-    ("gif.jpg", "RGB", {"format": "GIF", "save_all": True, "append_images": [Image.new("RGB", (40, 30))]})])
+    ("gif.jpg", "RGB", {"format": "GIF", "save_all": True, "append_images": [Image.new("RGB", (40, 30))]}),
+    ("moving.webp", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]})])
 def test_images_of_every_kind_become_rgb(tmp_path, name, mode, options):
     grey = np.array(two_colours().convert("L"))
     image = Image.fromarray(257 * grey.astype(np.uint16)) if mode == "I;16" else two_colours().convert(mode)
@@ -279,6 +417,110 @@ def test_unreadable_files_are_named(tmp_path):
         for name in names:
             with pytest.raises(DataError, match=name):
                 read(tmp_path / name)
+
+
+def moving(n: int, height: int, width: int) -> np.ndarray:
+    """Frames of a noisy pattern that moves, so that they are predicted from each other and all differ."""
+    rng = np.random.default_rng(n)
+    wide = np.kron(rng.integers(0, 200, (height, width, 3)), np.ones((4, 4, 1), int))
+    return np.stack([wide[i % (3 * height):][:height, i % (2 * width):][:, :width]
+                     + rng.integers(0, 56, (height, width, 1)) for i in range(n)]).astype(np.uint8)
+
+
+def every_frame(path: Path) -> torch.Tensor:
+    """Independent of the project: everything decoded from the start."""
+    with av.open(str(path)) as container:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    return torch.stack(frames).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("options", [
+    {"g": "60", "bf": "3"}, {"g": "40", "x264-params": "open-gop=1:bframes=3"},
+    {"g": "40", "x264-params": "intra-refresh=1"}, {"g": "1000"}, {"g": "60", "bf": "0"}],
+    ids=["B-frames", "open GOP", "intra refresh", "one key frame", "no B-frames"])
+@pytest.mark.parametrize("suffix, uneven", [(".mp4", False), (".mp4", True), (".mkv", True)], ids=["", "uneven", "mkv"])
+def test_a_clip_in_a_long_video_is_bitwise_what_decoding_from_the_start_gives(tmp_path, suffix, uneven, options):
+    path = write_video(tmp_path / f"long{suffix}", moving(300, 32, 32), options=options, uneven=uneven)
+    frames = every_frame(path)
+    assert len(frames) == 300
+    torch.manual_seed(0)
+    for choose in [data.pretrain_frames] * 6 + [data.train_frames] * 6:
+        wanted = choose(300, 16, 4)
+        assert torch.equal(read_clip(path, lambda n: wanted), frames[wanted])
+    for wanted in ([299, 299], [0, 150, 299], [119, 120, 121], list(range(300))):
+        assert torch.equal(read_clip(path, lambda n: wanted), frames[wanted])
+
+
+def test_a_clip_is_reached_from_the_key_frame_before_it(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "long.mp4", moving(240, 32, 32), options={"g": "60"})
+    frames = every_frame(path)
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(path.read_bytes())
+    for position, size in packets[:126]:    # what comes before is not even looked at
+        content[position + 4:position + size] = bytes(size - 4)
+    path.write_bytes(content)
+    attempts, decode = [], data.decode
+    monkeypatch.setattr(data, "decode", lambda *a, **options: attempts.append(1) or decode(*a, **options))
+    for wanted in ([130, 150, 239], [170], [128]):  # of these, key frames are 128 and 188
+        assert torch.equal(read_clip(path, lambda n: wanted), frames[wanted])
+    assert len(attempts) == 3               # a second would begin at the start of the file
+
+
+@pytest.mark.parametrize("turns, matrix", [(0, (1, 0, 0, 1)), (1, (0, 1, -1, 0)), (2, (-1, 0, 0, -1)),
+                                           (3, (0, -1, 1, 0))])
+def test_a_video_taken_with_a_turned_telephone_is_shown_upright(tmp_path, turns, matrix):
+    path = write_video(tmp_path / "turned.mp4", np.repeat(np.array(two_colours())[None], 3, 0))
+    content = path.read_bytes()             # turns: quarter turns to the right that the player is to make
+    start = content.index(struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), content.index(b"tkhd"))
+    a, b, c, d = (value << 16 for value in matrix)
+    path.write_bytes(content[:start] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + content[start + 36:])
+    clip = read_clip(path, lambda n: [0, 2]).float()
+    expected = torch.from_numpy(np.rot90(np.array(two_colours()), -turns).copy()).permute(2, 0, 1)
+    assert clip.shape == (2, *expected.shape) and (clip - expected).abs().mean() < 12
+
+
+@pytest.mark.parametrize("height, width", [(31, 33), (1, 7), (120, 16)])
+def test_videos_of_odd_sizes(tmp_path, height, width):
+    frames = np.full((5, height, width, 3), 90, np.uint8)
+    clip = read_clip(write_video(tmp_path / "odd.mp4", frames, pix_fmt="yuv444p"), range)
+    assert clip.shape == (5, 3, height, width) and (clip.float() - 90).abs().max() < 5
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 100, 3000])
+@pytest.mark.parametrize("folder", [False, True], ids=["video", "folder"])
+def test_clips_of_n_frames_in_training_and_evaluation(tmp_path, n, folder):
+    frames, name = (np.arange(n) % 250).astype(np.uint8), "Müller, A. 表情"  # a name with spaces and foreign letters
+    if folder:
+        (tmp_path / "elsewhere").mkdir()
+        for grey in range(min(n, 250)):
+            Image.new("L", (8, 8), grey).save(tmp_path / f"elsewhere/{grey}.png")
+        for i in range(250, n):
+            os.link(tmp_path / f"elsewhere/{i % 250}.png", tmp_path / f"elsewhere/{i}.png")
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        name += ".mp4"
+        write_video(tmp_path / "elsewhere.mp4", np.broadcast_to(frames[:, None, None, None], (n, 16, 16, 3)),
+                    options={"crf": "0", "preset": "ultrafast"})
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere.mp4")
+    samples = Samples("dfew", CATALOGUE["dfew"], tmp_path, np.array([name.encode()]), np.array([0]), stride=4)
+    views = data.TestData(samples, SMALL)[0][1]
+    expected = torch.from_numpy(frames[data.test_frames(n, 16, 4)].astype(int)).unflatten(0, (2, 16))
+    assert views.shape == (2, 16, 3, 32, 32) and (views.float().mean((2, 3, 4)) - expected).abs().max() < 4
+    sources = {"video": Source(samples, 1, 1)}
+    for stage in ("pretrain", "finetune"):
+        _, x, _, unreadable = data.TrainingData(sources, stage, SMALL)[data.schedule_epoch(sources, 0, 0)[0][0]]
+        assert x.shape == (1, 16, 3, 32, 32) and not unreadable
+
+
+def test_files_without_permission_are_named(tmp_path):
+    for name in ("face.jpg", "clip.mp4", "frames"):
+        (tmp_path / name).mkdir() if name == "frames" else (tmp_path / name).write_text("text")
+        (tmp_path / name).chmod(0)
+        if os.access(tmp_path / name, os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(DataError, match=f"{name}.*ermission"):
+            read_image(tmp_path / name) if name == "face.jpg" else read_clip(tmp_path / name, range)
 
 
 # -------------------------------------------------------------------------------------------------- clip sampling
@@ -582,3 +824,108 @@ def test_an_unreadable_sample_is_left_out_and_named_and_leaves_the_others_as_the
     assert alone.weight == 0 and len(x) == len(labels) == 1 and broken.path(1).name in unreadable[0]
     with pytest.raises(DataError, match=broken.path(1).name):  # evaluation never leaves a sample out
         data.TestData(broken, SMALL)[1]
+
+
+# --------------------------------------------------------------------------------------- check, show, files of a set
+
+def test_a_file_list_is_written_once_and_anew_on_demand(tmp_path):
+    root = tmp_path / "VoxCeleb2/dev/mp4"   # as the archive unpacks
+    for name in ("id00012/b/00001.mp4", "id00012/a/00001.mp4"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).touch()
+    first = ["id00012/a/00001.mp4", "id00012/b/00001.mp4"]
+    assert paths_of(load_samples("voxceleb2", tmp_path, "train")) == first
+    (root / "id00012/a/00002.mp4").touch()
+    assert paths_of(load_samples("voxceleb2", tmp_path, "train")) == first
+    assert [path.name for path in root.iterdir() if path.is_file()] == ["files.txt"]  # nothing half-written
+    assert "1 files are not in it: python data.py list --dataset voxceleb2" in data.check("voxceleb2", tmp_path)[0]
+    assert "3 files" in run_command(tmp_path, "data.py", "list", "--dataset", "voxceleb2", "--data-root", ".")
+    assert len(load_samples("voxceleb2", tmp_path, "train")) == 3
+    (root / "files.txt").unlink()
+    (root / "files.txt").mkdir()            # cannot be written: said, and works without
+    assert "cannot be written" in data.file_list(root, "id*/*/*.mp4", anew=True)[1]
+
+
+def test_check_says_that_good_data_is_right(faces):
+    text = run_command(faces, "data.py", "check", "--dataset", "synthetic", "--data-root", faces)
+    assert "nothing is wrong" in text and "fold 5, test" in text
+    assert "height x width: 64 x 64 (35)" in text and "frames of a clip: 36 minimum" in text
+    for name in ("synthetic-images", "synthetic-unlabelled"):
+        assert data.check(name, faces) == []
+
+
+def test_check_names_what_is_wrong(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (20, 30 + i // 7, 3)).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    for copy, of in (("twin", 0), ("leak", 1), ("other", 2)):
+        shutil.copy(tmp_path / f"{of}.png", tmp_path / f"{copy}.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "train.csv").write_text("path,label,person\n0.png,a,Ann\ntwin.png,a,Ann\n1.png,b,Bob\n2.png,b,Bob\n"
+                                        "other.png,a,Bob\n3.png,a,Cem\n3.png,a,Cem\n4.png,a,Dan\n")
+    (tmp_path / "test.csv").write_text("path,label,person\nleak.png,b,Eva\n4.png,a,Flo\n5.png,a,Bob\nempty.png,a,Gil\n"
+                                       "gone.png,b,Hal\n7.png,a,Ida\n")
+    text = run_command(tmp_path, "data.py", "check", "--dataset", "train.csv,test.csv", status=1)
+    for expected in ("same pictures twice, with the same label: 1: 0.png = twin.png",
+                     "error: train lists more than once: 1: 3.png",
+                     "error: samples in both train and test: 1: 4.png",
+                     "error: people in both train and test: 1: Bob",
+                     "error: the same pictures in both train and test: 1: 1.png = leak.png",
+                     "error: the same pictures with different labels: 1: 2.png = other.png",
+                     f"error: missing in {tmp_path}: 1: gone.png",
+                     f"error: unreadable: 1: {tmp_path / 'empty.png'} cannot be read",
+                     "height x width: 20 x 30 (9), 20 x 31 (1)"):
+        assert expected in text, text
+    assert text.count("error: ") == 7
+    rows = [line.split() for line in text.splitlines() if line.startswith("  ")]
+    assert ["a", "6", "4"] in rows and ["b", "2", "2"] in rows and ["in", "all", "8", "6"] in rows
+
+
+def test_check_knows_the_published_split_and_clips_of_the_wrong_version(tmp_path, monkeypatch, capsys):
+    lists = {"train": "video_name,label\n7,7\n12,1\n", "test": "video_name,label\n3,2\n"}  # as DFEW hands them out
+    for split, text in lists.items():
+        path = tmp_path / f"DFEW/EmoLabel_DataSplit/{split}(single-labeled)/{split}_set_1.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    for i in (3, 7, 12):
+        (tmp_path / f"DFEW/clip_jpg_256/{i}").mkdir(parents=True)
+        for frame in range(16):
+            Image.new("RGB", (8, 8), (10 * i, 10 * frame, 0)).save(tmp_path / f"DFEW/clip_jpg_256/{i}/{frame}.png")
+    digest = data.list_digest(["00012.mp4", "00007"], np.array([0, 6]))
+    counts = "1 0 0 0 0 0 1"
+    for known, wrong in ((digest, None), ("0" * 16, "fold 1, train is not the published split: other samples")):
+        monkeypatch.setattr(data, "PUBLISHED", f"dfew train 1 {known} {counts}\ndfew test 1 - 0 1 0 0 0 0 0")
+        problems = data.check("dfew", tmp_path, 1)
+        printed = capsys.readouterr().out
+        assert ("matches the published split" in printed) == (wrong is None) and wrong in (None, problems[0])
+        assert "counted from 1, mapped to 0 to 6" in printed and "published number of samples" in printed
+        assert "no clip has more than 16 frames" in problems[-1]  # DFEW's 16 frames in the place of whole clips
+
+
+@pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the real split files are not beside the repository")
+def test_real_split_files_are_the_published_ones():
+    for row in filter(lambda row: row[3] != "-", map(str.split, data.PUBLISHED.strip().splitlines())):
+        name, split, fold, digest, *counts = row
+        path = {"dfew": f"DFEW/{split}_set_{fold}.csv", "mafw": f"MAFW/set_{fold}/{split}.csv",
+                "ferv39k": f"FERV39K/{split}.csv", "affectnet-7": f"AffectNet/{split}_affectnet7.txt"}[name]
+        rows, labels, _ = data.read_split(ANNOTATIONS / path, CATALOGUE[name], split)
+        labels = data.zero_based(labels, labels, CATALOGUE[name], path)[0]
+        assert data.list_digest([row.name for row in rows], labels) == digest, path
+        assert np.bincount(labels).tolist() == list(map(int, counts)), path
+
+
+def test_show_draws_the_pixels_of_the_loader(faces, tmp_path):
+    colour = (200, 60, 40)
+    for i in range(4):
+        Image.new("RGB", (50, 40), colour).save(tmp_path / f"{i}.png")
+    (tmp_path / "faces.csv").write_text("path\n0.png\n1.png\n2.png\n3.png\n")
+    run_command(tmp_path, "data.py", "show", "--dataset", "faces.csv", "--mask")
+    whole = data.show(str(tmp_path / "faces.csv"), tmp_path)
+    for sheet, least, most in ((whole, 1, 1), (Image.open(tmp_path / "sheet.png"), 0.1, 0.1)):  # 90 % of it masked
+        pictures = np.array(sheet).reshape(-1, 3)
+        pictures = pictures[(pictures != 255).all(1)]
+        shown = (pictures == colour).all(1)
+        assert len(pictures) == 4 * 160 * 160 and least <= shown.mean() <= most
+        assert (pictures[~shown] == 128).all()
+    sheet = data.show("synthetic", faces, fold=2)
+    assert sheet.height == 8 * (96 + 4) and 16 * (96 + 2) < sheet.width < 16 * (96 + 2) + 150

@@ -102,7 +102,8 @@ def test_validation_data_can_choose_the_best_epoch(runs, faces):
 
 @pytest.mark.parametrize("arguments, expected", [
     (["finetune.py", "--fold", 6], "fold 6 of dfew: expected 1 to 5"),
-    (["finetune.py", "--dataset", "celebs"], "invalid choice: 'celebs'"),
+    (["finetune.py", "--dataset", "celebs"], "unknown data set 'celebs'"),
+    (["finetune.py", "--stride", 0], "stride 0: expected 1 or more"),
     (["finetune.py", "--batch-size", 0], "--batch-size 0: expected 1 or more"),
     (["finetune.py"], "DFEW/clip_jpg_256"),
     (["finetune.py"], "--dataset synthetic"),
