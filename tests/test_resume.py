@@ -213,20 +213,19 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(monkeypatch, run, 
 
 # ------------------------------------------------------------------------------------------- processes, losses, data
 
-def test_one_two_and_four_processes_do_the_same(tmp_path, faces):
-    """Eight samples a step in micro-batches of 2; the images' last and the clips' are fewer than four processes."""
-    for processes in (1, 2, 4):
-        run_command(tmp_path, *STAGE_2, "--data-root", faces, "--epochs", 2, "--micro-batch", 4, "--image-batch-size", 12,
-                    "--output", tmp_path / str(processes), processes=processes)
-    one = epochs(tmp_path / "1")
-    for processes in (2, 4):
-        other = epochs(tmp_path / str(processes))
-        assert [source for source, _ in losses(tmp_path / "1")] == [source for source, _ in losses(tmp_path / str(processes))]
-        for mine, theirs in zip(one, other):
-            assert [loss for _, loss in mine["losses"]] == pytest.approx([loss for _, loss in theirs["losses"]], rel=2e-3)
-            assert sum(mine["gates"]["video"]["2"]["share"]) == pytest.approx(1, abs=1e-3)
-            assert mine["gates"]["video"]["2"]["share"] == pytest.approx(theirs["gates"]["video"]["2"]["share"], abs=0.01)
-            assert mine["test"].keys() == theirs["test"].keys()
+def test_four_processes_do_what_one_does(monkeypatch, tmp_path, faces):
+    """Two micro-batches of clips and of images in a step: fewer than processes, and of different sizes."""
+    command = [*STAGE_2, "--data-root", faces, "--epochs", 2, "--micro-batch", 4, "--image-batch-size", 12, "--output"]
+    quick(monkeypatch, finetune, *command[1:], tmp_path / "1")
+    run_command(tmp_path, *command, tmp_path / "4", processes=4)
+    one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
+    assert [source for source, _ in one] == [source for source, _ in four]
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in four], rel=2e-3)
+    for mine, theirs in zip(epochs(tmp_path / "1"), epochs(tmp_path / "4")):
+        for source in ("image", "video"):
+            share = mine["gates"][source]["2"]["share"]
+            assert sum(share) == pytest.approx(1, abs=1e-3)
+            assert share == pytest.approx(theirs["gates"][source]["2"]["share"], abs=0.01)
 
 
 def test_a_process_that_fails_ends_all_with_its_own_message_first(tmp_path, faces):
@@ -264,6 +263,7 @@ def small_data(faces: Path, root: Path, clips: int, images: int, label: int | No
         path.write_text("\n".join(relabelled(lines, " ", label)) + "\n")
     for path in sorted((root / "synthetic/VoxCeleb2").glob("*/*/*.mp4"))[clips:]:
         path.unlink()
+    (root / "synthetic/VoxCeleb2/files.txt").unlink(missing_ok=True)
     return root
 
 
