@@ -512,13 +512,12 @@ def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
             if timed and len(set(times)) == len(times):
                 number = {time: i for i, time in enumerate(sorted(times))}
             frames, first = {}, min((time for time, i in number.items() if i in wanted), default=None)
-            keys = [p.pts for p in packets if number and p.is_keyframe and p.pts is not None and p.pts <= first]
+            keys = [i for i, p in enumerate(packets) if number and p.is_keyframe and (p.pts or 0) <= first]
             if keys:                        # from the last key frame on, all that is shown later can be decoded
-                container.seek(max(keys), stream=stream)
-                frames = decode(container, stream, set(wanted), number, skipping=True)
+                frames = decode(stream.codec_context, packets[keys[-1]:], set(wanted), number, skipping=True)
             if len(frames) < len(set(wanted)):
-                container.seek(0)
-                frames = decode(container, stream, set(wanted), number)
+                stream.codec_context.flush_buffers()
+                frames = decode(stream.codec_context, packets, set(wanted), number)
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path} cannot be decoded: {error}") from error
     if not wanted or len(frames) < len(set(wanted)):
@@ -527,17 +526,18 @@ def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
     return wanted, frames
 
 
-def decode(container, stream, wanted: set[int], number: dict[int, int], skipping: bool = False) -> dict:
-    """Wanted frames by their number, uint8 (3, H, W), upright, decoded from where the container stands.
+def decode(codec: av.VideoCodecContext, packets: list[av.Packet], wanted: set[int], number: dict[int, int],
+           skipping: bool = False) -> dict[int, torch.Tensor]:
+    """Wanted frames by their number, uint8 (3, H, W), upright.
 
     number: frame numbers by time; where it is empty, frames are counted. skipping: do not decode what is neither
     wanted nor serves to predict other frames.
     """
     frames, counted, to_rgb = {}, count(), VideoReformatter()  # one reformatter keeps its tables
-    for packet in container.demux(stream):
-        whole = not skipping or number.get(packet.pts) in wanted
-        stream.codec_context.skip_frame = "DEFAULT" if whole else "NONREF"
-        for frame in packet.decode():
+    for packet in [*packets, None]:         # None: what the decoder still holds
+        if packet:
+            codec.skip_frame = "NONREF" if skipping and number.get(packet.pts) not in wanted else "DEFAULT"
+        for frame in codec.decode(packet):
             i = number.get(frame.pts) if number else next(counted)
             if i in wanted:                 # only these become RGB
                 rgb = torch.from_numpy(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
