@@ -145,6 +145,10 @@ def catalogue(name: str) -> DataSet:
                    (files[0],), tuple(files[1:]))
 
 
+def is_synthetic(name: str) -> bool:
+    return name in CATALOGUE and name.startswith("synthetic")
+
+
 def is_own(name: str) -> bool:
     return name.endswith(".csv")
 
@@ -1015,7 +1019,7 @@ def show(name: str, data_root: Path, fold: int = 1, stride: int | None = None, m
 
     masked: as stage 1 gets it (always, where there are no classes), with the masked patches grey.
     """
-    samples, synthetic = load_samples(name, data_root, "train", fold, stride), name.startswith("synthetic")
+    samples, synthetic = load_samples(name, data_root, "train", fold, stride), is_synthetic(name)
     classes, kind, size = samples.dataset.classes, samples.dataset.modality, SIZES["tiny" if synthetic else "base"]
     stage = "finetune" if classes and not masked else "pretrain"
     batch = 8 if kind == "video" else 16 * max(1, len(classes))
@@ -1385,7 +1389,7 @@ def make_synthetic(root: Path, seed: int, scale: float, workers: int) -> None:
 def ensure_synthetic(names: list[str], data_root: Path, run=None) -> None:
     """Make the synthetic faces on first use, if one of the data sets is synthetic: by the first process only."""
     root = Path(data_root) / "synthetic"
-    if any(name.startswith("synthetic") for name in names) and not root.exists() and (run is None or run.main):
+    if any(map(is_synthetic, names)) and not root.exists() and (run is None or run.main):
         write_synthetic(root)
     if run is not None:
         run.barrier()

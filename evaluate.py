@@ -485,8 +485,9 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
             raise DataError(f"{mine[0]} is {source} data, but this model was trained without: its heads are "
                             f"{list(model.head)}")
     totals = {file: frames_in(file, source, args.crop) for source, mine in groups.items() for file in mine}
-    trained = checkpoint.get("settings", {}).get("videos", "none")
-    stride = checkpoint.get("settings", {}).get("stride") or (catalogue(trained).media[0][1] if trained != "none" else 4)
+    settings = checkpoint.get("settings", {})
+    trained = settings.get("videos", "none")
+    stride = settings.get("stride") or (catalogue(trained).media[0][1] if trained != "none" else 4)
     for source, mine in groups.items():
         if not mine:
             continue

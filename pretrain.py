@@ -33,8 +33,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (DataError, Samples, Schedule, Source, TrainingData, dataset_name, ensure_synthetic, load_samples,
-                  loader, short_name, to_float)
+from data import (DataError, Samples, Schedule, Source, TrainingData, dataset_name, ensure_synthetic, is_synthetic,
+                  load_samples, loader, short_name, to_float)
 from model import (MASK_RATIO, SIZES, CheckpointError, DamagedError, MaskedAutoencoder, SettingError, load_weights,
                    masked_tokens, modality, read_checkpoint)
 
@@ -79,8 +79,8 @@ def common_settings(description: str, tiny: dict, systems: str) -> argparse.Argu
     p.add_argument("--workers", type=int, default=default_workers(), help="loading processes per process")
     p.add_argument("--clip-grad", type=float, help="clip the gradient to this norm (no clipping)")
     p.add_argument("--output", type=Path, help="the run's folder (runs/..., named after the data)")
-    p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the run's folder; if there "
-                   "is none yet, begin, so that the same command can simply be started again")
+    p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the run's "
+                   "folder; if there is none yet, begin, so that the same command can simply be started again")
     p.add_argument("--save-minutes", type=float, default=10, help="time between checkpoints within an epoch")
     return p
 
@@ -100,15 +100,15 @@ def parse(p: argparse.ArgumentParser, tiny: dict, argv: list[str] | None = None)
     """Read the command line; the tiny size, which is the default on synthetic faces, brings defaults of its own."""
     args, _ = p.parse_known_args(argv)
     if args.size is None:
-        p.set_defaults(size="tiny" if args.dataset.startswith("synthetic") else "base")
+        p.set_defaults(size="tiny" if is_synthetic(args.dataset) else "base")
     if (args.size or p.get_default("size")) == "tiny":
         p.set_defaults(**tiny)
     args = p.parse_args(argv)
     for options, fits, expected in (
             (("epochs", "batch_size", "micro_batch", "repeats", "image_batch_size", "experts", "k", "adapter_width"),
              lambda value: value >= 1, "1 or more"),
-            (("workers", "lr", "seed", "weight_decay", "warmup_epochs", "layer_decay", "balance", "sigma", "save_minutes"),
-             lambda value: 0 <= value < math.inf, "0 or more"),
+            (("workers", "lr", "seed", "weight_decay", "warmup_epochs", "layer_decay", "balance", "sigma",
+              "save_minutes"), lambda value: 0 <= value < math.inf, "0 or more"),
             (("video_mask_ratio", "image_mask_ratio", "validation", "label_smoothing"),
              lambda value: 0 <= value < 1, "0 to below 1"),
             (("mixing", "warmup"), lambda value: 0 <= value <= 1, "0 to 1"),
@@ -297,10 +297,6 @@ class NotFinite(Exception):
     """A loss or a gradient that is not finite; the message names the step, the batch and its files."""
 
 
-def stage_of(folder, progress: dict, args) -> str:
-    return f"{folder.stage} epoch {min(progress['epoch'] + 1, args.epochs)}/{args.epochs}"
-
-
 class Unreadable:
     """Samples that training left out: named once each, and an error beyond 1 % of their data set."""
 
@@ -449,7 +445,7 @@ def guarded(main) -> None:
         if not dist.is_initialized() or not re.search("by peer|NCCL|Connection|Broken pipe", str(error)):
             raise
         time.sleep(1)                       # let that process speak first
-        sys.exit(f"error: another process of this run has ended, so this one (rank {dist.get_rank()}) ends too")
+        sys.exit(f"error: process {dist.get_rank()} has lost the others: {str(error).splitlines()[0]}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -476,11 +472,11 @@ class RunFolder:
     a run with other settings or other data, or if a new run would write over another one's.
     """
 
-    def __init__(self, args, stage: str, sources: dict[str, Source], test: dict[str, Samples] = {}):
+    def __init__(self, args, stage: str, sources: dict[str, Source], test: dict[str, Samples] | None = None):
         self.path, self.stage, self.settings = args.output, stage, plain(args)
         self.data = dict(train={name: source.samples.identity(digests=stage == "finetune")
                                 for name, source in sources.items()},
-                         test={name: samples.identity() for name, samples in test.items()})
+                         test={name: samples.identity() for name, samples in (test or {}).items()})
         self.save_seconds, self.last_save = 60 * args.save_minutes, time.monotonic()
         files = [self.path / name for name in ("last.pt", "previous.pt") if (self.path / name).exists()]
         if files and not args.resume:

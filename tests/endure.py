@@ -1,6 +1,6 @@
 """Kill real training processes at random moments, continue each time, and compare with a run that nobody disturbed.
 
-    python tests/endure.py              30 kills of both stages, by one process and by two; exit status 1 if a bit differs
+    python tests/endure.py              30 kills of both stages, by one process and by two; status 1 if a bit differs
     python tests/endure.py --kills 3    fewer; the suite does this too (test_resume.py)
 
 A checkpoint is written after every step (--save-minutes 0), so that many kills fall into the writing of one.

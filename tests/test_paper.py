@@ -23,7 +23,8 @@ CLASSES = ["calm", "glad", "sad"]
 def readme_commands() -> list[str]:
     from readme import ROOT
     section = (ROOT / "README.md").read_text().split("## Every system of the paper")[1].split("\n## ")[0]
-    return [cell for line in section.splitlines() for cell in line.split("`") if cell.startswith(("pretrain.py --", "finetune.py --"))]
+    return [cell for line in section.splitlines() for cell in line.split("`")
+            if cell.startswith(("pretrain.py --", "finetune.py --"))]
 
 
 def in_this_process(monkeypatch, script, arguments):
