@@ -1,6 +1,7 @@
 """The README's table of equations, its files and its commands are those of the code."""
 import re
 
+import pytest
 from readme import FILES, ROOT, command, equations, with_true_lines
 
 README = (ROOT / "README.md").read_text()
@@ -30,9 +31,22 @@ def test_options_in_the_readme_exist():
     known = {option for script in (evaluate, finetune, pretrain) for action in script.settings()._actions
              for option in action.option_strings}
     known |= {"--scale", "--mask", "--export"}  # of data.py and model.py
-    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # of torchrun
+    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts"}  # of torchrun
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
     assert used <= known, used - known
+
+
+@pytest.mark.parametrize("code, expected", [
+    (code, expected) for code, expected in re.findall(r"```python\n(.*?)```\n```\n(.*?)```", README, re.DOTALL)
+    if '"data"' not in code and "runs/" not in code])  # the others need what the first command leaves
+def test_the_lessons_experiments_print_what_the_readme_says(code, expected, capsys):
+    exec(code, {})
+    assert capsys.readouterr().out == expected
+
+
+def test_the_pictures_are_there():
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(pictures) >= 6 and all((ROOT / path).stat().st_size < 150_000 for path in pictures)
 
 
 def test_only_the_files_of_the_card_are_modules():
