@@ -3,7 +3,7 @@ random about a sample, and how single-source mini-batches are interleaved.
 
 It reads in the order in which data flows: the catalogue says where files lie, a split file becomes `Samples`, a
 reader turns one file into uint8 pixels, augmentation cuts out what the model sees, and `schedule_epoch` deals
-micro-batches of one source each. The second half draws the synthetic faces that stand in for the real sets.
+micro-batches of one source each. The last part draws the synthetic faces that stand in for the real sets.
 
     python data.py check --dataset dfew --fold 1      reads every sample; exit status 1 if anything is wrong
     python data.py show --dataset dfew --mask         draws what training gets, here as stage 1 masks it
@@ -16,12 +16,14 @@ import argparse
 import csv
 import glob
 import hashlib
+import math
 import multiprocessing
 import os
 import re
 import shutil
 import signal
 import threading
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -390,10 +392,10 @@ def split_file(name: str, data_root: Path, split: str, fold: int) -> Path:
     files = [data_root / path.format(fold=fold) for path in getattr(dataset, split)]
     if not files:
         raise DataError(f"{name} has no {split} file: expected train.csv,test.csv")
-    path = next((file for file in files if file.is_file()), None)
-    if path is None:
-        raise DataError(missing_message(name, data_root, fold, f"{files[0]} is not there"))
-    return path
+    for file in files:
+        if file.is_file():
+            return file
+    raise DataError(missing_message(name, data_root, fold, f"{files[0]} is not there"))
 
 
 def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
@@ -441,11 +443,15 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
     samples, there = find_samples(name, data_root, split, fold, stride)
     if there.all():
         return samples
-    missing = [os.fsdecode(name) for name in samples.names[~there].tolist()]
-    raise DataError(f"{len(missing)} of the {len(samples)} samples in {split_file(name, Path(data_root), split, fold)} "
-                    f"are not in {samples.root}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} (looked "
-                    f"for {missing[0]}"
-                    f"{' as a folder of frames, .mp4 or .avi' if samples.dataset.modality == 'video' else ''})")
+    forms = " as a folder of frames, .mp4 or .avi" if samples.dataset.modality == "video" else ""
+    raise DataError(f"{split_file(name, Path(data_root), split, fold)}: of {len(samples)} samples, not in {samples.root}"
+                    f"{forms}: {few(samples.names[~there])}")
+
+
+def few(items) -> str:
+    """How many there are, and the first of them."""
+    items = [os.fsdecode(item) for item in items]
+    return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
 
 
 def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
@@ -765,15 +771,14 @@ class TestData(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int):
+        """views: (1, 3, H, W) of an image, (2, T, 3, H, W) of a video."""
         path = self.samples.path(index)
-        return index, self.views(path), int(self.samples.labels[index])
-
-    def views(self, path: Path) -> torch.Tensor:
-        """(1, 3, H, W) of an image, (2, T, 3, H, W) of a video."""
         if self.samples.dataset.modality == "image":
-            return self.resize(read_image(path))[None]
-        frames = read_clip(path, partial(test_frames, frames=self.frames, stride=self.samples.stride))
-        return self.resize(frames).unflatten(0, (2, self.frames))
+            views = self.resize(read_image(path))[None]
+        else:
+            frames = read_clip(path, partial(test_frames, frames=self.frames, stride=self.samples.stride))
+            views = self.resize(frames).unflatten(0, (2, self.frames))
+        return index, views, int(self.samples.labels[index])
 
 
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
@@ -918,12 +923,6 @@ def inspect(samples: Samples, there: np.ndarray) -> tuple[np.ndarray, list[str]]
     return table, errors
 
 
-def few(items) -> str:
-    """How many there are, and the first of them."""
-    items = [os.fsdecode(item) for item in items]
-    return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
-
-
 def same_pixels(pixels: np.ndarray) -> list[np.ndarray]:
     """Groups of positions in the hashes (n,) where they are the same; 0 = not read."""
     order = np.argsort(pixels, kind="stable")
@@ -938,8 +937,8 @@ def check_lists(splits: dict[str, Samples], title: str, fold: int) -> list[str]:
         print(f"{title}{split}", *samples.notes, sep="\n  ")
         versions = published(samples.name, split, fold)
         counts = samples.counts() if samples.dataset.classes else []
-        columns += [[head, *map("{:,}".format, [*each, sum(each) or len(samples)])] for head, each
-                    in [(split, counts), *(("published", each) for _, each in versions)]]
+        for head, each in [(split, counts), *(("published", each) for _, each in versions)]:
+            columns.append([head, *(f"{count:,}" for count in [*each, sum(each) or len(samples)])])
         digest = versions and list_digest([os.fsdecode(name) for name in samples.names.tolist()], samples.labels)
         if any(known == digest for known, _ in versions):
             print("  matches the published split")
@@ -1011,9 +1010,8 @@ def check(name: str, data_root: Path, fold: int | None = None, stride: int | Non
         wrong.append(f"unreadable: {few(errors)}")
     counted = table[table[:, 0] > 0]
     if len(counted):
-        shapes, times = np.unique(counted[:, 1:3], axis=0, return_counts=True)
-        common = np.argsort(-times)[:5]
-        print("height x width: " + ", ".join(f"{shapes[i][0]} x {shapes[i][1]} ({times[i]:,})" for i in common)
+        shapes = Counter(map(tuple, counted[:, 1:3].tolist()))
+        print("height x width: " + ", ".join(f"{h} x {w} ({times:,})" for (h, w), times in shapes.most_common(5))
               + (f" and {len(shapes) - 5} others" if len(shapes) > 5 else ""))
     if len(counted) and dataset.modality == "video":
         low, high = counted[:, 0].min(), counted[:, 0].max()
@@ -1422,7 +1420,10 @@ def settings() -> argparse.ArgumentParser:
                        ("show", "draw what training gets as one PNG")):
         c = commands.add_parser(name, help=text, description=text)
         c.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets")
-        if name != "synthetic":
+        if name == "synthetic":
+            c.add_argument("--scale", type=float, default=1.0,
+                           help="1 = 2,100 images, 560 labelled clips, 1,600 videos")
+        else:
             c.add_argument("--dataset", required=True, type=dataset_name(), help="as in finetune.py and pretrain.py")
         if name in ("check", "show"):
             c.add_argument("--fold", type=int, default=1 if name == "show" else None,
@@ -1430,9 +1431,6 @@ def settings() -> argparse.ArgumentParser:
             c.add_argument("--stride", type=int, help="of the frames of a clip (the data set's)")
         if name in ("synthetic", "show"):
             c.add_argument("--seed", type=int, default=0, help="of everything random")
-        if name == "synthetic":
-            c.add_argument("--scale", type=float, default=1.0,
-                           help="1 = 2,100 images, 560 labelled clips, 1,600 videos")
         if name == "show":
             c.add_argument("--mask", action="store_true", help="as stage 1 gets it, masked patches grey")
             c.add_argument("--output", type=Path, default=Path("sheet.png"), help="the PNG file")
@@ -1440,7 +1438,10 @@ def settings() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = settings().parse_args()
+    p = settings()
+    args = p.parse_args()
+    if getattr(args, "seed", 0) < 0 or not 0 < getattr(args, "scale", 1) < math.inf:
+        p.error("expected --seed 0 or more and --scale above 0")
     try:
         if args.command == "synthetic":
             return write_synthetic(args.data_root / "synthetic", args.seed, args.scale)

@@ -89,14 +89,12 @@ def observe(model: S4D, data: TestData, run: Run, workers: int, batch: int = 16)
             paths.update(zip(*chosen.argmax(-1).tolist()))
     for hook in hooks:
         hook.remove()
+    # Every sample's row is zero in all processes but one.
+    rows = {name: run.sum(values.to(run.device)).cpu().numpy() for name, values in rows.items()}
     if run.world > 1:
-        for name in rows:                   # every sample's row is zero in all processes but one
-            rows[name] = rows[name].to(run.device)
-            dist.all_reduce(rows[name])
         everyone = [None] * run.world
         dist.all_gather_object(everyone, paths)
         paths = sum(everyone, Counter())
-    rows = {name: values.cpu().numpy() for name, values in rows.items()}
     return Observed({name: rows[name] for name in model.head}, rows["features"], rows["activation"], paths)
 
 
@@ -116,9 +114,9 @@ def recalls(confusion: np.ndarray) -> np.ndarray:
         return np.diagonal(confusion, axis1=-2, axis2=-1) / confusion.sum(-1)
 
 
-def listed(values: np.ndarray):
+def listed(values: np.ndarray) -> list:
     """The same as lists of numbers, None for NaN, as JSON can hold them."""
-    return [listed(row) for row in values] if np.ndim(values) else None if np.isnan(values) else float(values)
+    return np.where(np.isnan(values), None, values).tolist()
 
 
 def metrics(confusion: np.ndarray) -> dict:
@@ -159,10 +157,10 @@ def scores_of(samples: Samples, probabilities: np.ndarray) -> dict:
     return metrics(confusion_matrix(samples.labels, probabilities.argmax(1), len(samples.dataset.classes)))
 
 
-def evaluate(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> dict:
+def evaluate(model: S4D, samples: Samples, run: Run, workers: int) -> dict:
     """Metrics of the samples' own head. DataError if its classes are not those of the data set."""
     check_classes(model, samples)
-    observed = observe(model, TestData(samples, model.size), run, workers, batch)
+    observed = observe(model, TestData(samples, model.size), run, workers)
     return scores_of(samples, observed.probabilities[samples.dataset.modality])
 
 
@@ -266,10 +264,9 @@ SAME_CLASS = {"happiness": "happy", "sadness": "sad", "anger": "angry"}  # the d
 
 def shared_classes(ours: list[str], theirs: list[str]) -> tuple[list[int], list[int]]:
     """Label numbers, in `ours` and in `theirs`, of the classes that both have, in our order."""
-    theirs = [SAME_CLASS.get(name, name) for name in theirs]
-    both = [(i, theirs.index(SAME_CLASS.get(name, name))) for i, name in enumerate(ours)
-            if SAME_CLASS.get(name, name) in theirs]
-    return [i for i, _ in both], [j for _, j in both]
+    ours, theirs = ([SAME_CLASS.get(name, name) for name in names] for names in (ours, theirs))
+    both = [name for name in ours if name in theirs]
+    return [ours.index(name) for name in both], [theirs.index(name) for name in both]
 
 
 def cross_task(samples: Samples, probabilities: np.ndarray, classes: list[str]) -> dict | None:
@@ -701,12 +698,14 @@ def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: s
                report: Report) -> tuple[Samples, Observed, dict]:
     """A pass over a test set and the scores, with warnings where its samples are not those that training recorded, or
     were trained on."""
-    samples = load_samples(name, args.data_root, "test", fold, checkpoint.get("settings", {}).get("stride"))
+    settings = checkpoint.get("settings", {})
+    samples = load_samples(name, args.data_root, "test", fold, settings.get("stride"))
     source = samples.dataset.modality
     check_classes(model, samples)
     recorded = checkpoint.get("data", {}).get("test", {}).get(source, {})
     same = (recorded.get("name"), recorded.get("fold")) == (name, fold)
-    if same and recorded["fingerprint"] != samples.fingerprint():
+    # With --validation, what training tested on is a part of its own fold.
+    if same and not settings.get("validation") and recorded["fingerprint"] != samples.fingerprint():
         report.warn(f"the {len(samples)} test samples of {name} are not the {recorded['samples']} {path} recorded: "
                     f"fingerprint {samples.fingerprint()}, recorded {recorded['fingerprint']}")
     if trained_on(checkpoint, samples):

@@ -874,6 +874,15 @@ def test_a_file_list_is_written_once_and_anew_on_demand(tmp_path):
     assert "cannot be written" in data.file_list(root, "id*/*/*.mp4", anew=True)[1]
 
 
+@pytest.mark.parametrize("arguments", [["synthetic", "--scale", -1], ["synthetic", "--scale", "nan"],
+                                       ["show", "--dataset", "synthetic", "--seed", -1]])
+def test_wrong_numbers_are_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setattr("sys.argv", ["data.py", *map(str, arguments), "--data-root", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        data.main()
+    assert "expected --seed 0 or more and --scale above 0" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_check_says_that_good_data_is_right(faces):
     text = run_command(faces, "data.py", "check", "--dataset", "synthetic", "--data-root", faces)
     assert "nothing is wrong" in text and "fold 5, test" in text

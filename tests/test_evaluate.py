@@ -387,6 +387,11 @@ def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
     assert "fingerprint" in text and "recorded 0000000000000000" in text
     assert "best.pt was trained on 7 of the 7 test samples" in text
     assert len(read_csv(tmp_path / "predictions-synthetic.csv")) == 7
+    checkpoint["settings"]["validation"] = 0.2          # then other data than the test fold chose the best epoch
+    write(tmp_path / "best.pt", checkpoint)
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
+                       faces)
+    assert "fingerprint" not in text and "was trained on 7 of the 7 test samples" in text
 
 
 def test_fold_is_that_of_the_set_with_folds(runs, faces, tmp_path):
