@@ -246,8 +246,8 @@ def read_list(path: Path) -> list[Row]:
     if any(header):
         width, columns = len(header), {column: i for i, column in enumerate(header) if column}
         if "name" not in columns or len(columns) < len(header) - header.count(None):
-            raise DataError(f"{path}, line {table[0][0]}: header {', '.join(table[0][1])}: expected one column of names "
-                            "and at most one of labels and of people; the words for them are "
+            raise DataError(f"{path}, line {table[0][0]}: header {', '.join(table[0][1])}: expected one column of "
+                            "names and at most one of labels and of people; the words for them are "
                             + ", ".join(f"{word} ({column})" for word, column in COLUMNS.items()))
         table = table[1:]
     else:
@@ -444,8 +444,8 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
     if there.all():
         return samples
     forms = " as a folder of frames, .mp4 or .avi" if samples.dataset.modality == "video" else ""
-    raise DataError(f"{split_file(name, Path(data_root), split, fold)}: of {len(samples)} samples, not in {samples.root}"
-                    f"{forms}: {few(samples.names[~there])}")
+    raise DataError(f"{split_file(name, Path(data_root), split, fold)}: of {len(samples)} samples, not in "
+                    f"{samples.root}{forms}: {few(samples.names[~there])}")
 
 
 def few(items) -> str:
@@ -492,8 +492,8 @@ def read_clip(path: Path, choose) -> torch.Tensor:
     wanted, frames = (read_folder if os.path.isdir(path) else read_video)(path, choose)
     sizes = {tuple(frame.shape[1:]) for frame in frames.values()}
     if len(sizes) > 1:
-        raise DataError(f"{path}: frames of different sizes (height, width): {sorted(sizes)}. A folder of images is one "
-                        f"clip: photographs are given one by one")
+        raise DataError(f"{path}: frames of different sizes (height, width): {sorted(sizes)}. A folder of images is "
+                        "one clip: photographs are given one by one")
     return torch.stack([frames[i].permute(1, 2, 0) for i in wanted]).permute(0, 3, 1, 2)  # channels last: resizes fast
 
 

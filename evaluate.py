@@ -414,6 +414,10 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 WINDOWS = 48                                # most clips that slide over a video
 
 
+def is_image(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+
+
 def media_files(path: Path) -> list[Path]:
     """The images and clips that a path stands for, in natural order.
 
@@ -424,11 +428,12 @@ def media_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"there is no file or folder {path}")
+    suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
     inside = [entry for entry in sorted(path.iterdir(), key=lambda entry: natural(entry.name))
-              if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
+              if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in suffixes)]
     if not inside:
-        raise DataError(f"{path} holds neither images nor videos ({', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)})")
-    if all(entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES for entry in inside):
+        raise DataError(f"{path} holds neither images nor videos ({', '.join(suffixes)})")
+    if all(map(is_image, inside)):
         return [path]
     return [file for entry in inside for file in media_files(entry)]
 
@@ -474,9 +479,8 @@ def over_time(model: S4D, data: TestData, path: Path, total: int, run: Run) -> t
 def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path], report: "Report") -> None:
     """Predictions for the user's own files, and their course in videos that are longer than a clip."""
     files = [file for path in paths for file in media_files(path)]
-    groups = {"image": [], "video": []}
-    for file in files:
-        groups["image" if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES else "video"].append(file)
+    groups = {"image": [file for file in files if is_image(file)],
+              "video": [file for file in files if not is_image(file)]}
     for source, mine in groups.items():
         if mine and source not in model.head:
             raise DataError(f"{mine[0]} is {source} data, but this model was trained without: its heads are "
