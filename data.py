@@ -3,7 +3,7 @@ random about a sample, and how single-source mini-batches are interleaved.
 
 It reads in the order in which data flows: the catalogue says where files lie, a split file becomes `Samples`, a
 reader turns one file into uint8 pixels, augmentation cuts out what the model sees, and `schedule_epoch` deals
-micro-batches of one source each. The second half draws the synthetic faces that stand in for the real sets.
+micro-batches of one source each. The last part draws the synthetic faces that stand in for the real sets.
 
     python data.py check --dataset dfew --fold 1      reads every sample; exit status 1 if anything is wrong
     python data.py show --dataset dfew --mask         draws what training gets, here as stage 1 masks it
@@ -16,13 +16,14 @@ import argparse
 import csv
 import glob
 import hashlib
+import math
 import multiprocessing
 import os
 import re
 import shutil
 import signal
-import sys
 import threading
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -243,8 +244,12 @@ def read_list(path: Path) -> list[Row]:
     table = [(line, fields) for line, fields in table if any(fields)]
     header = [COLUMNS.get(field.lower()) for field in table[0][1]] if table else []
     if any(header):
-        width, columns, table = len(header), {column: i for i, column in enumerate(header) if column}, table[1:]
-        columns.setdefault("name", 0)
+        width, columns = len(header), {column: i for i, column in enumerate(header) if column}
+        if "name" not in columns or len(columns) < len(header) - header.count(None):
+            raise DataError(f"{path}, line {table[0][0]}: header {', '.join(table[0][1])}: expected one column of names "
+                            "and at most one of labels and of people; the words for them are "
+                            + ", ".join(f"{word} ({column})" for word, column in COLUMNS.items()))
+        table = table[1:]
     else:
         width, columns = 2, {"name": 0, "label": 1}
     if not table:
@@ -334,7 +339,8 @@ def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.n
         folder, slash, file = name.rpartition("/")
         spellings, suffixes = [file], [""]
         if modality == "video":
-            spellings, suffixes = dict.fromkeys([file, file.zfill(5), file.lstrip("0") or "0"]), ["", ".mp4", ".avi"]
+            suffixes = ["", ".mp4", ".avi"]
+            spellings += [file.zfill(5), file.lstrip("0") or "0"] if file.isdecimal() else []
         return next((folder + slash + spelling + suffix for spelling in spellings for suffix in suffixes
                      if spelling + suffix in entries(folder)), None)
 
@@ -352,12 +358,17 @@ def scan(root: Path, pattern: str) -> list[bytes]:
 
 
 def file_list(root: Path, pattern: str, anew: bool = False) -> tuple[np.ndarray, str]:
-    """The files below `root` that match (n,) bytes, from the list file, which is written if there is none; a note."""
+    """The files below `root` that match (n,) bytes, from the list file, which is written if there is none; a note.
+
+    DataError if there are no such files; then no list is left, which would outlive the error's cause.
+    """
     path = root / FILE_LIST
-    if path.exists() and not anew:
-        names = np.array(path.read_bytes().splitlines())
-        return names, f"{path}: {len(names)} files, as listed then (anew: python data.py list)"
+    listed = path.read_bytes().splitlines() if path.is_file() and not anew else []
+    if listed:
+        return np.array(listed), f"{path}: {len(listed)} files, as listed then (anew: python data.py list)"
     names = scan(root, pattern)
+    if not names:
+        raise DataError(f"{root} holds no file {pattern}")
     temporary = path.with_name(f"{FILE_LIST}.{os.getpid()}.part")
     try:
         temporary.write_bytes(b"\n".join(names))
@@ -381,10 +392,10 @@ def split_file(name: str, data_root: Path, split: str, fold: int) -> Path:
     files = [data_root / path.format(fold=fold) for path in getattr(dataset, split)]
     if not files:
         raise DataError(f"{name} has no {split} file: expected train.csv,test.csv")
-    path = next((file for file in files if file.is_file()), None)
-    if path is None:
-        raise DataError(missing_message(name, data_root, fold, f"{files[0]} is not there"))
-    return path
+    for file in files:
+        if file.is_file():
+            return file
+    raise DataError(missing_message(name, data_root, fold, f"{files[0]} is not there"))
 
 
 def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
@@ -400,8 +411,6 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
     stride = stride or usual
     if not dataset.train:
         names, note = file_list(root, dataset.pattern)
-        if not len(names):
-            raise DataError(missing_message(name, data_root, fold, f"no file {dataset.pattern} in {root}"))
         return Samples(name, dataset, root, names, np.full(len(names), -1), stride, (note,)), np.ones(len(names), bool)
 
     path = split_file(name, data_root, split, fold)
@@ -420,7 +429,8 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
         labels, note = zero_based(labels, everywhere, dataset, path)
     names, there = locate(root, [row.name for row in rows], dataset.modality)
     if usual != dataset.media[0][1]:
-        notes = [*notes, f"{root}: 16 frames sampled by the data set's authors, so stride {stride}"]
+        notes = [*notes, f"{root}: 16 frames sampled by the data set's authors, so stride {usual}"
+                 + (f", but stride {stride} was given" if stride != usual else "")]
     people = [row.person for row in rows] if rows[0].person else (
         [name.split("/")[0] for name in names] if dataset.person_folders else None)
     return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), labels, stride, (note, *notes),
@@ -433,11 +443,15 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
     samples, there = find_samples(name, data_root, split, fold, stride)
     if there.all():
         return samples
-    missing = [os.fsdecode(name) for name in samples.names[~there].tolist()]
-    raise DataError(f"{len(missing)} of the {len(samples)} samples in {split_file(name, Path(data_root), split, fold)} "
-                    f"are not in {samples.root}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} (looked "
-                    f"for {missing[0]}"
-                    f"{' as a folder of frames, .mp4 or .avi' if samples.dataset.modality == 'video' else ''})")
+    forms = " as a folder of frames, .mp4 or .avi" if samples.dataset.modality == "video" else ""
+    raise DataError(f"{split_file(name, Path(data_root), split, fold)}: of {len(samples)} samples, not in {samples.root}"
+                    f"{forms}: {few(samples.names[~there])}")
+
+
+def few(items) -> str:
+    """How many there are, and the first of them."""
+    items = [os.fsdecode(item) for item in items]
+    return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
 
 
 def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
@@ -446,15 +460,14 @@ def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
     wanted += ["  " + " or ".join(str(data_root / path.format(fold=fold)) for path in files)
                for files in (dataset.train, dataset.test) if files]
     return "\n".join([f"data set {name} not found: {reason}. Looked below --data-root {data_root} for", *wanted,
-                      "The same on synthetic faces, which need no download: python "
-                      f"{Path(sys.argv[0]).name} --dataset synthetic"])
+                      "Synthetic faces need no download: --dataset synthetic"])
 
 
 # --------------------------------------------------------------------------------------------------------- readers
 
 def natural(name: str) -> list:
     """Sort key that puts frame 2 before frame 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def read_image(path: Path) -> torch.Tensor:
@@ -479,19 +492,20 @@ def read_clip(path: Path, choose) -> torch.Tensor:
     wanted, frames = (read_folder if os.path.isdir(path) else read_video)(path, choose)
     sizes = {tuple(frame.shape[1:]) for frame in frames.values()}
     if len(sizes) > 1:
-        raise DataError(f"{path}: frames of different sizes (height, width): {sorted(sizes)}")
+        raise DataError(f"{path}: frames of different sizes (height, width): {sorted(sizes)}. A folder of images is one "
+                        f"clip: photographs are given one by one")
     return torch.stack([frames[i].permute(1, 2, 0) for i in wanted]).permute(0, 3, 1, 2)  # channels last: resizes fast
 
 
 def read_folder(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
     """The frame numbers chosen and those frames, uint8 (3, H, W), of a folder."""
     try:
-        files = sorted((f for f in os.listdir(path) if f.lower().endswith((".jpg", ".jpeg", ".png", ".bmp"))
-                        and not f.startswith(".")), key=natural)
+        files = sorted((f for f in os.listdir(path) if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")),
+                       key=natural)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not files:
-        raise DataError(f"{path} holds no frames (.jpg, .jpeg, .png or .bmp)")
+        raise DataError(f"{path} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
     wanted = choose(len(files))
     return wanted, {i: read_image(path / files[i]) for i in set(wanted)}
 
@@ -580,19 +594,13 @@ def pad(numbers: list[int], length: int) -> list[int]:
 
 # --------------------------------------------------------------------------------------------------- augmentation
 
-class Crop(torch.nn.Module):
+def fixed_crop(x: torch.Tensor, box: tuple[float, float, float, float]) -> torch.Tensor:
     """A fixed part of every frame, as fractions (top, left, height, width) of its size."""
-
-    def __init__(self, box: tuple[float, float, float, float]):
-        super().__init__()
-        self.box = box
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (top, left, height, width), (h, w) = self.box, x.shape[-2:]
-        return v2.functional.crop(x, round(top * h), round(left * w), round(height * h), round(width * w))
+    (top, left, height, width), (h, w) = box, x.shape[-2:]
+    return v2.functional.crop(x, round(top * h), round(left * w), round(height * h), round(width * w))
 
 
-def augmentation(stage: str, dataset: DataSet, pixels: int, strength: str) -> v2.Transform:
+def augmentation(stage: str, dataset: DataSet, pixels: int, strength: str = "paper") -> v2.Transform:
     """uint8 (..., 3, h, w) -> uint8 (..., 3, pixels, pixels); one draw serves all frames of a clip.
 
     stage: "pretrain", "finetune" or "test". strength, for "finetune": "paper", or "light" (flip only), for
@@ -602,11 +610,12 @@ def augmentation(stage: str, dataset: DataSet, pixels: int, strength: str) -> v2
     if stage == "test":
         return v2.Resize((pixels, pixels), antialias=True)
     if stage == "pretrain" and dataset.modality == "image":
-        return v2.Compose([Crop(dataset.crop), v2.RandomResizedCrop(pixels, scale=(0.2, 1), interpolation=bicubic),
+        return v2.Compose([partial(fixed_crop, box=dataset.crop),
+                           v2.RandomResizedCrop(pixels, scale=(0.2, 1), interpolation=bicubic),
                            v2.RandomHorizontalFlip()])
     if stage == "pretrain":
         # The released code resizes the short side to 192 in between, which changes no crop's place: left out.
-        return v2.Compose([Crop(dataset.crop), v2.RandomResizedCrop(pixels, scale=(0.08, 1))])
+        return v2.Compose([partial(fixed_crop, box=dataset.crop), v2.RandomResizedCrop(pixels, scale=(0.08, 1))])
     if strength == "light":
         return v2.Compose([v2.Resize((pixels, pixels), antialias=True), v2.RandomHorizontalFlip()])
     erase = v2.RandomErasing(p=0.25, value=[round(255 * mean) for mean in IMAGE_MEAN])
@@ -741,11 +750,14 @@ class TrainingData(torch.utils.data.Dataset):
         return micro, torch.stack(views), torch.tensor(labels), unreadable
 
     def read(self, samples: Samples, index: int) -> torch.Tensor:
+        path = samples.path(index)
+        if not samples.dataset.train and not path.exists():
+            raise DataError(f"{path} is listed and not there: python data.py list --dataset {samples.name}")
         if samples.frames_as_images:
-            return read_clip(samples.path(index), lambda n: [int(torch.randint(n, ()))])[0]
+            return read_clip(path, lambda n: [int(torch.randint(n, ()))])[0]
         if samples.dataset.modality == "image":
-            return read_image(samples.path(index))
-        return read_clip(samples.path(index), partial(self.choose, frames=self.frames, stride=samples.stride))
+            return read_image(path)
+        return read_clip(path, partial(self.choose, frames=self.frames, stride=samples.stride))
 
 
 class TestData(torch.utils.data.Dataset):
@@ -753,21 +765,20 @@ class TestData(torch.utils.data.Dataset):
 
     def __init__(self, samples: Samples, size: Size):
         self.samples, self.frames = samples, size.frames
-        self.resize = augmentation("test", samples.dataset, size.pixels, "paper")
+        self.resize = augmentation("test", samples.dataset, size.pixels)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int):
+        """views: (1, 3, H, W) of an image, (2, T, 3, H, W) of a video."""
         path = self.samples.path(index)
-        return index, self.views(path), int(self.samples.labels[index])
-
-    def views(self, path: Path) -> torch.Tensor:
-        """(1, 3, H, W) of an image, (2, T, 3, H, W) of a video."""
         if self.samples.dataset.modality == "image":
-            return self.resize(read_image(path))[None]
-        frames = read_clip(path, partial(test_frames, frames=self.frames, stride=self.samples.stride))
-        return self.resize(frames).unflatten(0, (2, self.frames))
+            views = self.resize(read_image(path))[None]
+        else:
+            frames = read_clip(path, partial(test_frames, frames=self.frames, stride=self.samples.stride))
+            views = self.resize(frames).unflatten(0, (2, self.frames))
+        return index, views, int(self.samples.labels[index])
 
 
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
@@ -808,6 +819,11 @@ def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
 FONT = ImageFont.load_default(13)
 
 
+def text_width(*texts: str) -> int:
+    """Of the longest line, in pixels."""
+    return max(int(FONT.getlength(line)) for text in texts for line in text.split("\n"))
+
+
 def contact_sheet(rows: list[tuple[str, torch.Tensor]], least_height: int = 96) -> Image.Image:
     """Rows of pictures with a caption at the left of each.
 
@@ -817,7 +833,7 @@ def contact_sheet(rows: list[tuple[str, torch.Tensor]], least_height: int = 96) 
     enlarge = -(-least_height // rows[0][1].shape[-2])
     grids = [make_grid(pictures.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2), len(pictures),
                        padding=2, pad_value=255) for _, pictures in rows]
-    margin = 10 + max(int(FONT.getlength(line)) for caption, _ in rows for line in caption.split("\n"))
+    margin = 10 + text_width(*(caption for caption, _ in rows))
     sheet = Image.new("RGB", (margin + max(grid.shape[2] for grid in grids), sum(grid.shape[1] for grid in grids)),
                       "white")
     top = 0
@@ -907,12 +923,6 @@ def inspect(samples: Samples, there: np.ndarray) -> tuple[np.ndarray, list[str]]
     return table, errors
 
 
-def few(items) -> str:
-    """How many there are, and the first of them."""
-    items = [os.fsdecode(item) for item in items]
-    return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
-
-
 def same_pixels(pixels: np.ndarray) -> list[np.ndarray]:
     """Groups of positions in the hashes (n,) where they are the same; 0 = not read."""
     order = np.argsort(pixels, kind="stable")
@@ -927,8 +937,8 @@ def check_lists(splits: dict[str, Samples], title: str, fold: int) -> list[str]:
         print(f"{title}{split}", *samples.notes, sep="\n  ")
         versions = published(samples.name, split, fold)
         counts = samples.counts() if samples.dataset.classes else []
-        columns += [[head, *map("{:,}".format, [*each, sum(each) or len(samples)])] for head, each
-                    in [(split, counts), *(("published", each) for _, each in versions)]]
+        for head, each in [(split, counts), *(("published", each) for _, each in versions)]:
+            columns.append([head, *(f"{count:,}" for count in [*each, sum(each) or len(samples)])])
         digest = versions and list_digest([os.fsdecode(name) for name in samples.names.tolist()], samples.labels)
         if any(known == digest for known, _ in versions):
             print("  matches the published split")
@@ -985,8 +995,8 @@ def check(name: str, data_root: Path, fold: int | None = None, stride: int | Non
         now = np.array(scan(every.root, dataset.pattern))
         there, unlisted = np.isin(every.names, now), np.setdiff1d(now, every.names)
         if len(unlisted) or not there.all():
-            wrong.append(f"{every.root / FILE_LIST} is out of date, {len(unlisted)} files are not in it: "
-                         f"python data.py list --dataset {name}")
+            wrong.append(f"{every.root / FILE_LIST} is out of date, {len(unlisted)} files are not in it and "
+                         f"{(~there).sum()} of it are gone: python data.py list --dataset {name}")
     table, errors = inspect(every, there)
     stride = f", stride {every.stride}" if dataset.modality == "video" else ""
     print(f"{name}: {len(every):,} {dataset.modality}s in {every.root}{stride}")
@@ -1000,9 +1010,8 @@ def check(name: str, data_root: Path, fold: int | None = None, stride: int | Non
         wrong.append(f"unreadable: {few(errors)}")
     counted = table[table[:, 0] > 0]
     if len(counted):
-        shapes, times = np.unique(counted[:, 1:3], axis=0, return_counts=True)
-        common = np.argsort(-times)[:5]
-        print("height x width: " + ", ".join(f"{shapes[i][0]} x {shapes[i][1]} ({times[i]:,})" for i in common)
+        shapes = Counter(map(tuple, counted[:, 1:3].tolist()))
+        print("height x width: " + ", ".join(f"{h} x {w} ({times:,})" for (h, w), times in shapes.most_common(5))
               + (f" and {len(shapes) - 5} others" if len(shapes) > 5 else ""))
     if len(counted) and dataset.modality == "video":
         low, high = counted[:, 0].min(), counted[:, 0].max()
@@ -1029,17 +1038,14 @@ def show(name: str, data_root: Path, fold: int = 1, stride: int | None = None, m
     micro, x, labels, unreadable = next(iter(batches))
     if unreadable:
         raise DataError(unreadable[0])
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-    x = to_float(x).reshape(len(x), 3, -1, size.pixels, size.pixels)        # (B, 3, T, H, W), T = 1 for images
-    x = (255 * (x * std + mean)).round().clamp(0, 255).byte()
+    x = x.reshape(len(x), -1, 3, size.pixels, size.pixels)                  # (B, T, 3, H, W), T = 1 for images
     if masked:
         torch.manual_seed(micro.seed)       # the masks that training draws for this batch on the CPU
         cells = size.pixels // size.patch
         mask = random_mask(len(x), getattr(size, f"{kind}_tokens"), MASK_RATIO[kind]).unflatten(1, (-1, cells, cells))
         for dim, times in enumerate((size.tubelet, size.patch, size.patch), start=1):
             mask = mask.repeat_interleave(times, dim)
-        x = x.masked_fill(mask[:, None, :x.shape[2]], 128)
-    x = x.transpose(1, 2)                                                   # (B, T, 3, H, W)
+        x = x.masked_fill(mask[:, :x.shape[1], None], 128)
     if kind == "video":
         captions = [f"{classes[label] if classes else ''}\n{os.fsdecode(bytes(samples.names[i]))[-30:]}"
                     for label, i in zip(labels.tolist(), micro.index)]
@@ -1414,7 +1420,10 @@ def settings() -> argparse.ArgumentParser:
                        ("show", "draw what training gets as one PNG")):
         c = commands.add_parser(name, help=text, description=text)
         c.add_argument("--data-root", type=Path, default=Path("data"), help="folder of all data sets")
-        if name != "synthetic":
+        if name == "synthetic":
+            c.add_argument("--scale", type=float, default=1.0,
+                           help="1 = 2,100 images, 560 labelled clips, 1,600 videos")
+        else:
             c.add_argument("--dataset", required=True, type=dataset_name(), help="as in finetune.py and pretrain.py")
         if name in ("check", "show"):
             c.add_argument("--fold", type=int, default=1 if name == "show" else None,
@@ -1422,9 +1431,6 @@ def settings() -> argparse.ArgumentParser:
             c.add_argument("--stride", type=int, help="of the frames of a clip (the data set's)")
         if name in ("synthetic", "show"):
             c.add_argument("--seed", type=int, default=0, help="of everything random")
-        if name == "synthetic":
-            c.add_argument("--scale", type=float, default=1.0,
-                           help="1 = 2,100 images, 560 labelled clips, 1,600 videos")
         if name == "show":
             c.add_argument("--mask", action="store_true", help="as stage 1 gets it, masked patches grey")
             c.add_argument("--output", type=Path, default=Path("sheet.png"), help="the PNG file")
@@ -1432,7 +1438,10 @@ def settings() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = settings().parse_args()
+    p = settings()
+    args = p.parse_args()
+    if getattr(args, "seed", 0) < 0 or not 0 < getattr(args, "scale", 1) < math.inf:
+        p.error("expected --seed 0 or more and --scale above 0")
     try:
         if args.command == "synthetic":
             return write_synthetic(args.data_root / "synthetic", args.seed, args.scale)

@@ -33,8 +33,9 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (FONT, Crop, DataError, DataSet, Samples, TestData, catalogue, contact_sheet, dataset_name,
-                  ensure_synthetic, load_samples, loader, natural, read_clip, read_image, to_float)
+from data import (CATALOGUE, FONT, IMAGE_SUFFIXES, OWN_DATA_STRIDE, DataError, DataSet, Samples, TestData, catalogue,
+                  contact_sheet, dataset_name, ensure_synthetic, fixed_crop, is_own, load_samples, loader, natural,
+                  read_clip, read_image, short_name, text_width, to_float)
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, CheckpointError, MaskedAutoencoder, Size, at_least_fp32,
                    normalised_target, patchify, read_checkpoint, rebuild, same_classes, unnamed)
 from pretrain import Formatter, Run, default_workers, guarded, start
@@ -88,14 +89,12 @@ def observe(model: S4D, data: TestData, run: Run, workers: int, batch: int = 16)
             paths.update(zip(*chosen.argmax(-1).tolist()))
     for hook in hooks:
         hook.remove()
+    # Every sample's row is zero in all processes but one.
+    rows = {name: run.sum(values.to(run.device)).cpu().numpy() for name, values in rows.items()}
     if run.world > 1:
-        for name in rows:                   # every sample's row is zero in all processes but one
-            rows[name] = rows[name].to(run.device)
-            dist.all_reduce(rows[name])
         everyone = [None] * run.world
         dist.all_gather_object(everyone, paths)
         paths = sum(everyone, Counter())
-    rows = {name: values.cpu().numpy() for name, values in rows.items()}
     return Observed({name: rows[name] for name in model.head}, rows["features"], rows["activation"], paths)
 
 
@@ -115,9 +114,9 @@ def recalls(confusion: np.ndarray) -> np.ndarray:
         return np.diagonal(confusion, axis1=-2, axis2=-1) / confusion.sum(-1)
 
 
-def listed(values: np.ndarray):
+def listed(values: np.ndarray) -> list:
     """The same as lists of numbers, None for NaN, as JSON can hold them."""
-    return [listed(row) for row in values] if np.ndim(values) else None if np.isnan(values) else float(values)
+    return np.where(np.isnan(values), None, values).tolist()
 
 
 def metrics(confusion: np.ndarray) -> dict:
@@ -158,10 +157,10 @@ def scores_of(samples: Samples, probabilities: np.ndarray) -> dict:
     return metrics(confusion_matrix(samples.labels, probabilities.argmax(1), len(samples.dataset.classes)))
 
 
-def evaluate(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> dict:
+def evaluate(model: S4D, samples: Samples, run: Run, workers: int) -> dict:
     """Metrics of the samples' own head. DataError if its classes are not those of the data set."""
     check_classes(model, samples)
-    observed = observe(model, TestData(samples, model.size), run, workers, batch)
+    observed = observe(model, TestData(samples, model.size), run, workers)
     return scores_of(samples, observed.probabilities[samples.dataset.modality])
 
 
@@ -265,10 +264,9 @@ SAME_CLASS = {"happiness": "happy", "sadness": "sad", "anger": "angry"}  # the d
 
 def shared_classes(ours: list[str], theirs: list[str]) -> tuple[list[int], list[int]]:
     """Label numbers, in `ours` and in `theirs`, of the classes that both have, in our order."""
-    theirs = [SAME_CLASS.get(name, name) for name in theirs]
-    both = [(i, theirs.index(SAME_CLASS.get(name, name))) for i, name in enumerate(ours)
-            if SAME_CLASS.get(name, name) in theirs]
-    return [i for i, _ in both], [j for _, j in both]
+    ours, theirs = ([SAME_CLASS.get(name, name) for name in names] for names in (ours, theirs))
+    both = [name for name in ours if name in theirs]
+    return [ours.index(name) for name in both], [theirs.index(name) for name in both]
 
 
 def cross_task(samples: Samples, probabilities: np.ndarray, classes: list[str]) -> dict | None:
@@ -392,10 +390,10 @@ def report_reconstructions(args, run: Run, path: Path, checkpoint: dict, report:
         raise CheckpointError(f"{path} does not say what it was trained on: give --dataset")
     ensure_synthetic(datasets, args.data_root, run)
     for name in datasets:
-        fold = trained.get("fold", 1) if catalogue(name).folds > 1 else 1
-        samples = load_samples(name, args.data_root, "test", fold, trained.get("stride"))
+        split = "test" if catalogue(name).test else "train"
+        samples = load_samples(name, args.data_root, split, fold_of(args, trained, name), trained.get("stride"))
         source, data = samples.dataset.modality, TestData(samples, model.size)
-        data.resize = v2.Compose([Crop(samples.dataset.crop), data.resize])  # as stage 1 cuts them
+        data.resize = v2.Compose([partial(fixed_crop, box=samples.dataset.crop), data.resize])  # as stage 1 cuts them
         index = np.unique(np.linspace(0, len(samples) - 1, 32).round().astype(int))
         ratio = trained.get(f"{source}_mask_ratio", MASK_RATIO[source])
         frames, loss, baseline = reconstruct(model, torch.stack([data[i][1][0] for i in index]), ratio, run)
@@ -412,8 +410,7 @@ def report_reconstructions(args, run: Run, path: Path, checkpoint: dict, report:
 
 # ------------------------------------------------------------------------------------------------------ own media
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 WINDOWS = 48                                # most clips that slide over a video
 
 
@@ -428,10 +425,10 @@ def media_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"there is no file or folder {path}")
     inside = [entry for entry in sorted(path.iterdir(), key=lambda entry: natural(entry.name))
-              if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in IMAGES + VIDEOS)]
+              if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
     if not inside:
-        raise DataError(f"{path} holds neither images nor videos ({', '.join(IMAGES + VIDEOS)})")
-    if all(entry.is_file() and entry.suffix.lower() in IMAGES for entry in inside):
+        raise DataError(f"{path} holds neither images nor videos ({', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)})")
+    if all(entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES for entry in inside):
         return [path]
     return [file for entry in inside for file in media_files(entry)]
 
@@ -479,7 +476,7 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
     files = [file for path in paths for file in media_files(path)]
     groups = {"image": [], "video": []}
     for file in files:
-        groups["image" if file.is_file() and file.suffix.lower() in IMAGES else "video"].append(file)
+        groups["image" if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES else "video"].append(file)
     for source, mine in groups.items():
         if mine and source not in model.head:
             raise DataError(f"{mine[0]} is {source} data, but this model was trained without: its heads are "
@@ -487,7 +484,8 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
     totals = {file: frames_in(file, source, args.crop) for source, mine in groups.items() for file in mine}
     settings = checkpoint.get("settings", {})
     trained = settings.get("videos", "none")
-    stride = settings.get("stride") or (catalogue(trained).media[0][1] if trained != "none" else 4)
+    # The lists of own data need not be here.
+    stride = settings.get("stride") or (CATALOGUE[trained].media[0][1] if trained in CATALOGUE else OWN_DATA_STRIDE)
     for source, mine in groups.items():
         if not mine:
             continue
@@ -523,10 +521,6 @@ def colours(values: np.ndarray, ramp: tuple) -> np.ndarray:
     """Colours (..., 3) of values 0 to 1. Lightness changes in one direction only, so that grey prints read the same."""
     places = np.linspace(0, 1, len(ramp))
     return np.stack([np.interp(values, places, channel) for channel in zip(*ramp)], -1)
-
-
-def text_width(*lines: str) -> int:
-    return max(int(FONT.getlength(line)) for text in lines for line in text.split("\n"))
 
 
 def titled(picture: Image.Image, title: str) -> Image.Image:
@@ -620,8 +614,11 @@ class Report:
 
     def __init__(self, run: Run, folder: Path, index: bool, title: str):
         self.main, self.folder, self.index, self.lines, self.results = run.main, folder, index, [f"# {title}"], {}
-        if self.main:
-            folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, name: str) -> Path:
+        """A file in the folder, which is made only now: a command that fails leaves none behind."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name
 
     def say(self, title: str, text: str) -> None:
         if self.main:
@@ -636,7 +633,7 @@ class Report:
     def picture(self, name: str, draw) -> None:
         """Save the picture that draw() returns."""
         if self.main:
-            draw().save(self.folder / name, optimize=True)
+            draw().save(self.file(name), optimize=True)
             self.lines += [f"![{name}](<{name}>)"]
 
     def predictions(self, name: str, folds: list[Samples], probabilities: np.ndarray) -> None:
@@ -646,31 +643,34 @@ class Report:
         classes = folds[0].dataset.classes
         labelled = [(os.fsdecode(name), classes[label] if label >= 0 else "")
                     for samples in folds for name, label in zip(samples.names.tolist(), samples.labels)]
-        with open(self.folder / name, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(self.file(name), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["sample", "label", "prediction", *classes])
             writer.writerows([*pair, classes[row.argmax()], *(f"{p:.6f}" for p in row)]
                              for pair, row in zip(labelled, probabilities))
         self.lines += [f"[{name}]({name})"]
 
-    def scores(self, args, title: str, name: str, folds: list[Samples], probabilities: np.ndarray,
-               scores: dict) -> None:
+    def scores(self, args, title: str, folds: list[Samples], probabilities: np.ndarray, scores: dict,
+               number: str = "") -> None:
         """A data set's scores in every form."""
-        dataset, self.results[name] = folds[0].dataset, scores
+        name, dataset = folds[0].name, folds[0].dataset
+        # Own clips and images may both be in a train.csv.
+        file = short_name(name) + (f"-{dataset.modality}s" if is_own(name) else "") + number
+        self.results[name + number] = scores
         self.say(title, table(scores, dataset.classes))
-        self.predictions(f"predictions-{name}.csv", folds, probabilities)
+        self.predictions(f"predictions-{file}.csv", folds, probabilities)
         if args.report:
-            self.picture(f"confusion-{name}.png", lambda: confusion_picture(title, scores, dataset.classes))
+            self.picture(f"confusion-{file}.png", lambda: confusion_picture(title, scores, dataset.classes))
         if args.compare and dataset.modality == "video":
-            self.say("Beside the paper's", compare(folds[0].name, scores, dataset.classes, title.split(":")[0]))
+            self.say("Beside the paper's", compare(name, scores, dataset.classes, title.split(":")[0]))
 
     def close(self) -> None:
         if not self.main:
             return
-        (self.folder / "evaluation.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        self.file("evaluation.json").write_text(json.dumps(self.results, indent=1) + "\n")
         if self.index:
             self.lines += ["All numbers: [evaluation.json](evaluation.json)"]
-            (self.folder / "README.md").write_text("\n\n".join(self.lines) + "\n", "utf-8", "surrogateescape")
+            self.file("README.md").write_text("\n\n".join(self.lines) + "\n", "utf-8", "surrogateescape")
         print(f"\nwritten to {os.path.relpath(self.folder)}")
 
 
@@ -687,16 +687,25 @@ def fine_tuned(checkpoint: dict, path: Path, run: Run, dataset: str | None) -> S
     return model.to(run.device).eval()
 
 
+def fold_of(args, trained: dict, name: str) -> int:
+    """The fold of a data set to test on: --fold, or the checkpoint's; of a model's other set, which has none, 1."""
+    if args.fold is not None and (args.dataset or catalogue(name).folds > 1):
+        return args.fold
+    return trained.get("fold", 1) if catalogue(name).folds > 1 else 1
+
+
 def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: str, fold: int,
                report: Report) -> tuple[Samples, Observed, dict]:
     """A pass over a test set and the scores, with warnings where its samples are not those that training recorded, or
     were trained on."""
-    samples = load_samples(name, args.data_root, "test", fold, checkpoint.get("settings", {}).get("stride"))
+    settings = checkpoint.get("settings", {})
+    samples = load_samples(name, args.data_root, "test", fold, settings.get("stride"))
     source = samples.dataset.modality
     check_classes(model, samples)
     recorded = checkpoint.get("data", {}).get("test", {}).get(source, {})
     same = (recorded.get("name"), recorded.get("fold")) == (name, fold)
-    if same and recorded["fingerprint"] != samples.fingerprint():
+    # With --validation, what training tested on is a part of its own fold.
+    if same and not settings.get("validation") and recorded["fingerprint"] != samples.fingerprint():
         report.warn(f"the {len(samples)} test samples of {name} are not the {recorded['samples']} {path} recorded: "
                     f"fingerprint {samples.fingerprint()}, recorded {recorded['fingerprint']}")
     if trained_on(checkpoint, samples):
@@ -725,8 +734,8 @@ def report_folds(args, run: Run, report: Report) -> None:
     for what in ("mean", "deviation")[:len(scores)]:
         lines.append(f"{what:19} UAR {together[f'uar_{what}']:.4f}  WAR {together[f'war_{what}']:.4f}")
     report.say(f"{args.dataset}, each of {len(scores)} folds", "\n".join(lines))
-    report.scores(args, f"{args.dataset}, {len(scores)} folds concatenated", args.dataset, tested,
-                  np.concatenate(probabilities), together)
+    report.scores(args, f"{args.dataset}, {len(scores)} folds concatenated", tested, np.concatenate(probabilities),
+                  together)
 
 
 def report_model(args, run: Run, path: Path, checkpoint: dict, model: S4D, report: Report, number: str) -> dict:
@@ -739,14 +748,14 @@ def report_model(args, run: Run, path: Path, checkpoint: dict, model: S4D, repor
     ensure_synthetic(datasets, args.data_root, run)
     tested, seen = {}, {}
     for name in datasets:
-        fold = args.fold if args.fold is not None else trained.get("fold", 1) if catalogue(name).folds > 1 else 1
+        fold = fold_of(args, trained, name)
         samples, observed, scores = score_fold(args, run, path, checkpoint, model, name, fold, report)
         source = samples.dataset.modality
         tested[source], seen[source] = samples, observed
         epoch = f" after epoch {checkpoint['progress']['epoch']}" if "progress" in checkpoint else ""
         title = name + (f", fold {fold}" if catalogue(name).folds > 1 else "")
-        report.scores(args, f"{title}: {len(samples)} test samples, {path}{epoch}", name + number, [samples],
-                      observed.probabilities[source], scores)
+        report.scores(args, f"{title}: {len(samples)} test samples, {path}{epoch}", [samples],
+                      observed.probabilities[source], scores, number)
     if args.report:
         report_tasks(model, tested, seen, report, number)
     return tested
@@ -846,7 +855,7 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", type=Path, action="append", help="best.pt or last.pt of finetune.py; given twice, "
                    "both are shown side by side; with --report also last.pt of pretrain.py")
     p.add_argument("--folds", type=Path, nargs="+", metavar="CHECKPOINT", help="a checkpoint of each fold of --dataset")
-    p.add_argument("--dataset", type=dataset_name(labelled=True),
+    p.add_argument("--dataset", type=dataset_name(),
                    help="data set to test on (those that the checkpoint was trained on)")
     p.add_argument("--fold", type=int, help="its fold (the checkpoint's)")
     p.add_argument("--report", type=Path, metavar="FOLDER", help="write all tables and figures there, with README.md")
@@ -862,22 +871,28 @@ def settings() -> argparse.ArgumentParser:
 def main() -> None:
     p = settings()
     args = p.parse_args()
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8
     if args.batch_size < 1 or args.workers < 0:
         p.error(f"--batch-size {args.batch_size} --workers {args.workers}: expected 1 or more, and 0 or more")
-    if bool(args.checkpoint) == bool(args.folds) or len(args.checkpoint or ()) > 2:
-        p.error("expected --checkpoint, once or twice, or --folds")
-    if args.folds and (args.media or not args.dataset):
-        p.error("--folds expects --dataset, and no FILE")
+    if bool(args.checkpoint) == bool(args.folds) or len(args.checkpoint or ()) > (1 if args.media else 2):
+        p.error("expected --checkpoint, once (or twice without FILE), or --folds")
+    if args.folds and (args.media or args.fold or not args.dataset):
+        p.error("--folds expects --dataset, and neither FILE nor --fold")
+    if args.report and args.output:
+        p.error("--report and --output both name the folder of the results: give one")
     if args.crop and not args.media:
         p.error("--crop cuts the face out of FILE, which is missing")
     if args.report and (args.report / "README.md").exists() and not (args.report / "evaluation.json").exists():
         p.error(f"--report {args.report}: the README.md there is not a report's; give another folder")
     paths = args.checkpoint or args.folds
-    checkpoint = read_checkpoint(paths[0])
-    run = start(checkpoint["architecture"]["size"])
     folder = args.report or args.output or Path(os.path.commonpath([path.parent.absolute() for path in paths]))
     if args.media and not (args.report or args.output):
         folder /= "media"                   # the run's own evaluation.json stays
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        p.error(f"{there} is no folder that results can be written to")
+    checkpoint = read_checkpoint(paths[0])
+    run = start(checkpoint["architecture"]["size"])
     report = Report(run, folder, bool(args.report), f"What {', '.join(map(str, paths))} can do")
     if args.folds:
         report_folds(args, run, report)

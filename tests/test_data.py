@@ -95,6 +95,8 @@ def test_the_16_frame_version_of_dfew_has_stride_1_and_is_said(tmp_path):
     samples = load_samples("dfew", tmp_path, "train")
     assert samples.stride == 1
     assert any("clip_224x224_16f" in note and "stride 1" in note for note in samples.notes)
+    samples = load_samples("dfew", tmp_path, "train", stride=4)
+    assert samples.stride == 4 and any("so stride 1, but stride 4 was given" in note for note in samples.notes)
 
 
 @pytest.mark.parametrize("name, text, words", [
@@ -108,6 +110,8 @@ def test_the_16_frame_version_of_dfew_has_stride_1_and_is_said(tmp_path):
     ("dfew", "video_name,label\n00001,0\n00002,happy\n", ["line 3", "happy"]),
     ("dfew", "video_name,label\n00001,0\n00002,1.5\n", ["line 3", "1.5"]),
     ("dfew", "video_name,label\n00001,0\n00002\n", ["line 3", "00002"]),
+    ("dfew", "video_name,label,id\n00001,0,7\n00002,1,8\n", ["line 1", "video_name, label, id"]),  # two of labels
+    ("dfew", "label,clip\n0,00001\n1,00002\n", ["line 1", "label, clip", "video_name (name)"]),
     ("affectnet-7", "00001 1\n00002 7\n", ["counted from 1", "0 to 6"]),
     ("ferv39k", "path,id\n00001,1\n00002,7\n", ["counted from 1", "0 to 6"]),
 ], ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "")
@@ -139,6 +143,12 @@ def test_voxceleb2_is_every_video_of_its_tree(tmp_path):
     assert paths_of(samples) == videos and set(samples.labels) == {-1} and samples.stride == 4
     shutil.rmtree(tmp_path / "VoxCeleb2")
     assert str(tmp_path / "VoxCeleb2") in error_of("voxceleb2", tmp_path)
+
+
+def test_no_other_clip_stands_in_for_a_missing_one(tmp_path):
+    """Leading zeros are a matter of numbers alone."""
+    write_set(tmp_path, "ferv39k", "path,id\nCrime/Angry/0a,0\n", ["Crime/Angry/a", "Crime/Angry/0000a"])
+    assert "0a" in error_of("ferv39k", tmp_path)
 
 
 def test_rafdb_has_one_list_for_both_splits_and_labels_from_1(tmp_path):
@@ -349,6 +359,15 @@ def test_frames_of_a_folder_come_in_natural_order(tmp_path):
         Image.new("L", (8, 8), GREY_STEP * i).save(tmp_path / f"frame{i}.png")  # 10 sorts before 2 as text
     (tmp_path / "notes.txt").write_text("no frame")
     assert numbers_of(read_clip(tmp_path, lambda n: [n - 1, *range(n), 3])) == [11, *range(12), 3]
+
+
+def test_frames_are_of_any_image_format_and_of_one_size(tmp_path):
+    for i, suffix in enumerate(("webp", "gif", "TIFF")):
+        Image.new("L", (8, 8), GREY_STEP * i).save(tmp_path / f"{i}.{suffix}")
+    assert numbers_of(read_clip(tmp_path, range)) == [0, 1, 2]
+    Image.new("L", (9, 8)).save(tmp_path / "3.png")
+    with pytest.raises(DataError, match=r"\[\(8, 8\), \(8, 9\)\].*photographs are given one by one"):
+        read_clip(tmp_path, range)
 
 
 def two_colours() -> Image.Image:
@@ -583,7 +602,7 @@ def test_stage_1_flips_images_but_never_videos():
 
 def test_voxceleb2_crop_is_rows_0_to_160_and_columns_32_to_192():
     frames = torch.arange(224 * 224).view(1, 1, 224, 224).expand(2, 3, 224, 224)
-    assert torch.equal(data.Crop(CATALOGUE["voxceleb2"].crop)(frames), frames[:, :, 0:160, 32:192])
+    assert torch.equal(data.fixed_crop(frames, CATALOGUE["voxceleb2"].crop), frames[:, :, 0:160, 32:192])
     seen = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
     seen[..., 0:160, 32:192] = 255          # stage 1 sees nothing outside of it
     augment = data.augmentation("pretrain", CATALOGUE["voxceleb2"], 32, "paper")
@@ -830,6 +849,9 @@ def test_an_unreadable_sample_is_left_out_and_named_and_leaves_the_others_as_the
 
 def test_a_file_list_is_written_once_and_anew_on_demand(tmp_path):
     root = tmp_path / "VoxCeleb2/dev/mp4"   # as the archive unpacks
+    root.mkdir(parents=True)
+    for _ in range(2):                      # a list of nothing would hide the files that come later
+        assert "holds no file id*/*/*.mp4" in error_of("voxceleb2", tmp_path) and not list(root.iterdir())
     for name in ("id00012/b/00001.mp4", "id00012/a/00001.mp4"):
         (root / name).parent.mkdir(parents=True)
         (root / name).touch()
@@ -838,12 +860,27 @@ def test_a_file_list_is_written_once_and_anew_on_demand(tmp_path):
     (root / "id00012/a/00002.mp4").touch()
     assert paths_of(load_samples("voxceleb2", tmp_path, "train")) == first
     assert [path.name for path in root.iterdir() if path.is_file()] == ["files.txt"]  # nothing half-written
-    assert "1 files are not in it: python data.py list --dataset voxceleb2" in data.check("voxceleb2", tmp_path)[0]
+    (root / first[0]).unlink()
+    assert ("1 files are not in it and 1 of it are gone: python data.py list --dataset voxceleb2"
+            in data.check("voxceleb2", tmp_path)[0])
+    sources = {"video": Source(load_samples("voxceleb2", tmp_path, "train").subset(np.array([0])), 1, 1)}
+    unreadable = data.TrainingData(sources, "pretrain", SMALL)[data.schedule_epoch(sources, 0, 0)[0][0]][-1]
+    assert unreadable == [f"{root / first[0]} is listed and not there: python data.py list --dataset voxceleb2"]
+    (root / first[0]).touch()
     assert "3 files" in run_command(tmp_path, "data.py", "list", "--dataset", "voxceleb2", "--data-root", ".")
     assert len(load_samples("voxceleb2", tmp_path, "train")) == 3
     (root / "files.txt").unlink()
     (root / "files.txt").mkdir()            # cannot be written: said, and works without
     assert "cannot be written" in data.file_list(root, "id*/*/*.mp4", anew=True)[1]
+
+
+@pytest.mark.parametrize("arguments", [["synthetic", "--scale", -1], ["synthetic", "--scale", "nan"],
+                                       ["show", "--dataset", "synthetic", "--seed", -1]])
+def test_wrong_numbers_are_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setattr("sys.argv", ["data.py", *map(str, arguments), "--data-root", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        data.main()
+    assert "expected --seed 0 or more and --scale above 0" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_check_says_that_good_data_is_right(faces):

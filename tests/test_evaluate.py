@@ -387,6 +387,60 @@ def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
     assert "fingerprint" in text and "recorded 0000000000000000" in text
     assert "best.pt was trained on 7 of the 7 test samples" in text
     assert len(read_csv(tmp_path / "predictions-synthetic.csv")) == 7
+    checkpoint["settings"]["validation"] = 0.2          # then other data than the test fold chose the best epoch
+    write(tmp_path / "best.pt", checkpoint)
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
+                       faces)
+    assert "fingerprint" not in text and "was trained on 7 of the 7 test samples" in text
+
+
+def test_fold_is_that_of_the_set_with_folds(runs, faces, tmp_path):
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
+                       3, "--output", "out")
+    assert "synthetic, fold 3: 7 test samples" in text and "synthetic-images: 14 test samples" in text
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
+                       3, "--dataset", "synthetic-images", status=1)
+    assert "fold 3 of synthetic-images: expected 1 to 1" in text
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, faces):
+    """A folder with own clips and own images, both in a train.csv and a test.csv, and models of both stages."""
+    folder = tmp_path_factory.mktemp("own")
+    for kind, name in (("clips", "synthetic"), ("images", "synthetic-images")):
+        samples = load_samples(name, faces, "test")
+        (folder / kind).mkdir()
+        (folder / kind / "faces").symlink_to(samples.root)
+        for split in ("train", "test"):
+            (folder / f"{kind}/{split}.csv").write_text("path,label\n" + "".join(
+                f"faces/{samples.path(i).relative_to(samples.root)},{samples.dataset.classes[label]}\n"
+                for i, label in enumerate(samples.labels)))
+    torch.manual_seed(0)
+    lists = {f"{source}s": f"{kind}/train.csv,{kind}/test.csv" for source, kind in (("video", "clips"),
+                                                                                    ("image", "images"))}
+    for file, stage, model, names in (
+            ("best.pt", "finetune", S4D("tiny", sorted(IMAGE_CLASSES), sorted(CLIP_CLASSES)), lists),
+            ("pre.pt", "pretrain", MaskedAutoencoder("tiny"), dict(videos="none", images="images/train.csv"))):
+        write(folder / file, dict(stage=stage, architecture=model.architecture, model=model.state_dict(),
+                                  settings=names))
+    return folder
+
+
+def test_own_clips_and_images_of_one_name_do_not_overwrite_each_other(own):
+    run_command(own, "evaluate.py", "--checkpoint", "best.pt", "--workers", 1, "--output", "out")
+    assert len(read_csv(own / "out/predictions-train-videos.csv")) == 7
+    assert len(read_csv(own / "out/predictions-train-images.csv")) == 14
+
+
+def test_a_model_of_own_data_needs_no_lists_for_own_media(own, tmp_path):
+    (tmp_path / "clip.mp4").symlink_to(own / "clips/faces/00001.mp4")
+    text = run_command(tmp_path, "evaluate.py", "--checkpoint", own / "best.pt", "clip.mp4", "--output", "out")
+    assert "at stride 4 each as in clips/train.csv" in text
+
+
+def test_stage_1_of_own_data_without_a_test_file_is_shown_on_its_training_data(own):
+    text = run_command(own, "evaluate.py", "--checkpoint", "pre.pt", "--report", "shown")
+    assert "90% masked, 14 samples" in text and (own / "shown/reconstruction-images.png").is_file()
 
 
 def similarity_of(runs, faces, clip_class, image_class):
@@ -458,7 +512,7 @@ def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, faces, tm
     clip = load_samples("synthetic", faces, "test").path(0)
     text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", "out", clip,
                        "broken.mp4", status=1)
-    assert "broken.mp4 cannot be decoded" in text and "Traceback" not in text and not os.listdir(tmp_path / "out")
+    assert "broken.mp4 cannot be decoded" in text and "Traceback" not in text and not (tmp_path / "out").exists()
     with pytest.raises(DataError, match=f"{clip}, 64 x 64 pixels, does not hold --crop 40,0,40,20"):
         frames_in(clip, "video", (40, 0, 40, 20))
 
@@ -474,8 +528,12 @@ def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, faces, tmp_p
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ([], "expected --checkpoint, once or twice, or --folds"),
+    ([], "expected --checkpoint, once (or twice without FILE), or --folds"),
+    (["--checkpoint", "a.pt", "--checkpoint", "b.pt", "clip.mp4"], "expected --checkpoint, once (or twice without"),
     (["--folds", "a.pt"], "--folds expects --dataset"),
+    (["--folds", "a.pt", "--dataset", "dfew", "--fold", "2"], "--folds expects --dataset, and neither FILE nor --fold"),
+    (["--checkpoint", "a.pt", "--report", "a", "--output", "b"], "--report and --output both name"),
+    (["--checkpoint", "a.pt", "--output", f"{__file__}/x"], f"{__file__} is no folder"),
     (["--checkpoint", "a.pt", "--crop", "1,2,3,4"], "--crop cuts the face out of FILE"),
     (["--checkpoint", "a.pt", "--report", str(ROOT)], "the README.md there is not a report's"),
     (["--checkpoint", "a.pt", "--crop", "1,2,3", "clip.mp4"], "expected x,y,w,h")])
