@@ -5,6 +5,8 @@
 
 Each mini-batch comes from one of the two sets and goes through its own head; Eq. (3) is in `JointLoss`. The loop
 around it is pretrain.py's `train`. After every epoch the model is tested; the last epoch and the best are reported.
+
+x: a micro-batch as in pretrain.py    labels: (B,)    C classes    n experts    N tokens    d token width
 """
 import argparse
 from functools import partial

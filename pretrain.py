@@ -6,6 +6,8 @@
 `main` is the stage; `train` below it is the loop of both stages, and the rest is what they share: processes,
 learning rate, checkpoints. One process or many, on one kind of device, give the same losses up to summation order:
 an optimiser step is a fixed list of micro-batches, dealt to the processes (data.py), each with a seed of its own.
+
+x: a micro-batch of B images uint8 (B, 3, H, W), or of B clips of T frames uint8 (B, T, 3, H, W)
 """
 import argparse
 import contextlib

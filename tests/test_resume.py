@@ -228,6 +228,15 @@ def test_four_processes_do_what_one_does(monkeypatch, tmp_path, faces):
             assert share == pytest.approx(theirs["gates"][source]["2"]["share"], abs=0.01)
 
 
+@pytest.mark.parametrize("script, command", [(pretrain, STAGE_1),
+                                             (finetune, [*STAGE_2, "--mixing", 1, "--augment", "paper"])])
+def test_the_number_of_loading_workers_changes_nothing(monkeypatch, tmp_path, faces, script, command):
+    for workers in (0, 1, 2):
+        quick(monkeypatch, script, *command[1:], "--data-root", faces, "--epochs", 1, "--output",
+              tmp_path / str(workers), "--workers", workers)
+    assert not differences(tmp_path / "0", tmp_path / "1") and not differences(tmp_path / "0", tmp_path / "2")
+
+
 def test_a_process_that_fails_ends_all_with_its_own_message_first(tmp_path, faces):
     shutil.copytree(faces / "synthetic", tmp_path / "synthetic")
     for clip in sorted((tmp_path / "synthetic/DFEW/clip_jpg_256").iterdir())[:20]:
@@ -240,7 +249,8 @@ def test_a_process_that_fails_ends_all_with_its_own_message_first(tmp_path, face
     assert "videos cannot be read, more than 1 %" in first
 
 
-@pytest.mark.parametrize("command", [[*STAGE_1, "--lr", 1e30, "--warmup", 0], [*STAGE_2, "--lr", 1e30, "--warmup-epochs", 0]])
+@pytest.mark.parametrize("command", [[*STAGE_1, "--lr", 1e30, "--warmup", 0],
+                                     [*STAGE_2, "--lr", 1e30, "--warmup-epochs", 0]])
 def test_a_loss_that_is_not_finite_stops_naming_step_and_files(monkeypatch, tmp_path, faces, command):
     script = {"pretrain.py": pretrain, "finetune.py": finetune}[command[0]]
     with pytest.raises(pretrain.NotFinite, match=r"at step \d, epoch 1, a batch of (images|videos)s?: .*\.(jpg|mp4)"):
@@ -298,7 +308,8 @@ def test_an_empty_test_fold_is_said_before_training(monkeypatch, tmp_path, faces
 def test_more_validation_data_than_a_class_has_samples_is_said(monkeypatch, tmp_path, faces):
     root = small_data(faces, tmp_path, 1, 1)
     with pytest.raises(data.DataError, match="--validation 0.2 of the 1 samples .* leaves none to hold out"):
-        quick(monkeypatch, finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run", "--validation", 0.2)
+        quick(monkeypatch, finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run", "--validation",
+              0.2)
 
 
 def test_the_gradient_is_clipped_to_the_norm_that_is_set():
