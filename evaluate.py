@@ -488,7 +488,7 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
     totals = {file: frames_in(file, source, args.crop) for source, mine in groups.items() for file in mine}
     settings = checkpoint.get("settings", {})
     trained = settings.get("videos", "none")
-    # The lists of own data need not be here.
+    # Not catalogue(trained): the lists of own data need not be where the model is used.
     stride = settings.get("stride") or (CATALOGUE[trained].media[0][1] if trained in CATALOGUE else OWN_DATA_STRIDE)
     for source, mine in groups.items():
         if not mine:
@@ -658,7 +658,7 @@ class Report:
                number: str = "") -> None:
         """A data set's scores in every form."""
         name, dataset = folds[0].name, folds[0].dataset
-        # Own clips and images may both be in a train.csv.
+        # A train.csv of own clips and one of own images have the same short name.
         file = short_name(name) + (f"-{dataset.modality}s" if is_own(name) else "") + number
         self.results[name + number] = scores
         self.say(title, table(scores, dataset.classes))
@@ -722,7 +722,7 @@ def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: s
 def report_folds(args, run: Run, report: Report) -> None:
     """DFEW's and MAFW's protocol (Section IV-A): the predictions of all folds concatenated."""
     ensure_synthetic([args.dataset], args.data_root, run)
-    classes, tested, probabilities, scores, lines = catalogue(args.dataset).classes, [], [], [], []
+    tested, probabilities, scores, lines = [], [], [], []
     for fold, path in check_folds(args.folds, args.dataset, args.data_root).items():
         checkpoint = read_checkpoint(path)
         model = fine_tuned(checkpoint, path, run, args.dataset)
