@@ -45,7 +45,11 @@ def finish(process: subprocess.Popen, folder: Path, status: int = 0) -> None:
 
 def written(output: Path) -> int:
     """When the newest checkpoint was written, in nanoseconds; 0 without one."""
-    return max((path.stat().st_mtime_ns for path in output.glob("*.pt")), default=0)
+    times = [0]
+    for path in output.glob("*.pt"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been renamed
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
 
 
 def wait_for_a_step(process: subprocess.Popen, output: Path, timeout: float = 120) -> None:
