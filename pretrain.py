@@ -487,7 +487,7 @@ class RunFolder:
         self.saved = self.newest(files)
 
     def newest(self, files: list[Path]) -> dict | None:
-        """The first of the files that is whole; CheckpointError of the first if none is."""
+        """The first of the files that is whole; DamagedError of the last if none is."""
         for file in files:
             try:
                 saved = read_checkpoint(file)
