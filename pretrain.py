@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from data import (DataError, Samples, Schedule, Source, TrainingData, dataset_name, ensure_synthetic, is_synthetic,
                   load_samples, loader, short_name, to_float)
-from model import (MASK_RATIO, SIZES, CheckpointError, DamagedError, MaskedAutoencoder, SettingError, load_weights,
-                   masked_tokens, modality, read_checkpoint)
+from model import (MASK_RATIO, SIZES, CheckpointError, DamagedError, Layer, MaskedAutoencoder, SettingError,
+                   load_weights, masked_tokens, modality, read_checkpoint)
 
 # With --size tiny, the default on synthetic faces: what learns in minutes on two cores.
 TINY = dict(epochs=20, batch_size=16, lr=0.024)
@@ -80,6 +80,8 @@ def common_settings(description: str, tiny: dict, systems: str) -> argparse.Argu
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--workers", type=int, default=default_workers(), help="loading processes per process")
     p.add_argument("--clip-grad", type=float, help="clip the gradient to this norm (no clipping)")
+    p.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"],
+                   help="compile the layers by torch.compile: a minute, and a C++ compiler (aot_eager: without one)")
     p.add_argument("--output", type=Path, help="the run's folder (runs/..., named after the data)")
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the run's "
                    "folder; if there is none yet, begin, so that the same command can simply be started again")
@@ -197,6 +199,9 @@ def train(run, args, folder, model, module, optimizer, rate, schedule, data, end
     per_epoch = rate.steps // args.epochs
     schedule.start = progress["epoch"], progress["step"]
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
+    if args.compile:                        # the layers, which are most of the work, and of few shapes
+        for layer in (part for part in model.modules() if isinstance(part, Layer)):
+            layer.compile(backend=args.compile)
     wrapped = DistributedDataParallel(module) if run.world > 1 else module
     unreadable = Unreadable(data.sources, progress["unreadable"])
 
@@ -412,9 +417,6 @@ def start(size: str = "base") -> Run:
         torch.cuda.set_device(device)
     elif size == "tiny":
         torch.set_num_threads(1)            # its products are too small to share, and loading needs the other cores
-        # On its few tokens, plain products in bf16 take half the fused attention's time; the switch is the CPU's too.
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if world > 1:
         # A prefix of its own for every restart: torchrun's store still holds the addresses of those who died.
         store, _, _ = next(dist.rendezvous("env://", rank, world))
@@ -454,7 +456,7 @@ def guarded(main) -> None:
 
 # --------------------------------------------------------------------------------------------------- the run's folder
 
-FREE_TO_CHANGE = {"output", "resume", "workers", "data_root", "save_minutes"}
+FREE_TO_CHANGE = {"output", "resume", "workers", "data_root", "save_minutes", "compile"}
 
 
 def plain(args) -> dict:

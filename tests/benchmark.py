@@ -1,33 +1,59 @@
-"""What the code costs, measured on files that it writes itself: nothing here is a test, and no test waits for it.
+"""What the code costs, measured on data that it makes itself: nothing here is a test, and no test waits for it.
 
+    python tests/benchmark.py steps           training steps of ViT-B beside transformers' VideoMAE, and where time goes
+    python tests/benchmark.py experts         the expert layer beside a plain loop over experts
+    python tests/benchmark.py growth          time and memory by samples, frames, experts, and indexed clips
+    python tests/benchmark.py processes       two processes beside one
     python tests/benchmark.py data            reading, sampling and augmenting, beside decord and plain JPEG decoding
+    python tests/benchmark.py all             all of these
+    python tests/benchmark.py gpu             the steps on a GPU, with and without --compile
 
 Rivals run in turns, several times, and medians are printed: other work on the machine then disturbs all of them. CPU
-seconds are those of this process and its threads. decord is measured where it is installed (pip install decord).
+seconds are those of this process and its threads. A step is forward, backward and the same fused AdamW for everybody.
+Peak memory is a fresh process's largest resident set less that before the model was made. transformers and decord are
+measured where they are installed (pip install transformers decord).
 """
 import argparse
+import contextlib
+import json
 import os
+import platform
+import re
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: a waiting thread takes no CPU seconds
 
 import av
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402  (needs the path above)
-from model import SIZES  # noqa: E402
+from evaluate import FONT, LINE, text_width, titled  # noqa: E402
+from finetune import JointLoss  # noqa: E402
+from model import (MASK_RATIO, S4D, SIZES, Adapter, Layer, MaskedAutoencoder, MoE, modality,  # noqa: E402
+                   random_mask)
+from pretrain import ReconstructionLoss, decayed  # noqa: E402
 
 try:
     import decord
 except ImportError:
     decord = None
+try:
+    import transformers
+except ImportError:
+    transformers = None
 
 
 def measure(rivals: dict, rounds: int) -> dict[str, tuple[float, float]]:
@@ -48,6 +74,314 @@ def print_rates(title: str, samples: int, measured: dict, rival: str | None) -> 
     for name, (cpu, seconds) in measured.items():
         ratio = f"   {measured[rival][0] / cpu:.2f} x {rival} per CPU-second" if rival in measured else ""
         print(f"  {name:28}{samples / cpu:9.1f} per CPU-second{samples / seconds:9.1f} per second{ratio}")
+
+
+# ------------------------------------------------------------------------------------------------------------ steps
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STEPS = {"clips": ("pre-training, clips at 95 %", 4), "images": ("pre-training, images at 90 %", 32),
+         "finetune": ("fine-tuning, clips", 2)}  # what they are, samples
+TARGETS = {"clips": 1.25, "images": 1.2, "finetune": 1.0}  # times transformers' speed at equal precision
+CLASSES = [str(i) for i in range(7)]
+
+
+def random_batch(step: str, samples: int, size, device) -> torch.Tensor:
+    """uint8, as loading processes deliver it."""
+    frames = () if step == "images" else (size.frames,)
+    return torch.randint(256, (samples, *frames, 3, size.pixels, size.pixels), dtype=torch.uint8, device=device)
+
+
+def own_loss(step: str, x: torch.Tensor, size: str, experts: int):
+    """The model, and a function that gives the loss of a batch as training computes it: from uint8, with its mask."""
+    if step == "finetune":
+        model = S4D(size, [], CLASSES, experts=experts).to(x.device)
+        module, labels = JointLoss(model), torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return model, partial(module, x, labels)
+    model = MaskedAutoencoder(size).to(x.device)
+    return model, partial(ReconstructionLoss(model, MASK_RATIO), x, None)
+
+
+def peer_loss(step: str, x: torch.Tensor, size: str, experts: int):
+    """The same of transformers' VideoMAE, which gets normalised floats, converted before the measurement; images as
+    clips of one time slot. Its attention is the one that it takes by default, scaled_dot_product_attention."""
+    shape = SIZES[size]
+    pixels = data.to_float(x)
+    pixels = pixels.unsqueeze(2).expand(-1, -1, shape.tubelet, -1, -1) if modality(pixels) == "image" else pixels
+    pixels = pixels.transpose(1, 2).contiguous()                            # (B, T, 3, H, W)
+    config = transformers.VideoMAEConfig(
+        image_size=shape.pixels, patch_size=shape.patch, num_frames=pixels.shape[1], tubelet_size=shape.tubelet,
+        hidden_size=shape.width, num_hidden_layers=shape.depth, num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.width, decoder_hidden_size=shape.decoder_width,
+        decoder_num_attention_heads=shape.decoder_heads, decoder_num_hidden_layers=shape.decoder_depth,
+        decoder_intermediate_size=4 * shape.decoder_width, layer_norm_eps=1e-6, num_labels=len(CLASSES))
+    if step == "finetune":
+        model = transformers.VideoMAEForVideoClassification(config).to(x.device).train()
+        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return model, lambda: model(pixels, labels=labels).loss
+    model = transformers.VideoMAEForPreTraining(config).to(x.device).train()
+    tokens = pixels.shape[1] // shape.tubelet * shape.image_tokens
+    ratio = MASK_RATIO["image" if step == "images" else "video"]
+    return model, lambda: model(pixels, bool_masked_pos=random_mask(len(x), tokens, ratio, x.device)).loss
+
+
+def make_step(losses, step: str, precision: str, samples: int, size: str = "base", experts: int = 8,
+              device: str = "cpu", compiled: bool = False):
+    """A training step, as a function of the turn, which seeds the mask and the noise; and the number of parameters."""
+    torch.manual_seed(0)
+    model, loss = losses(step, random_batch(step, samples, SIZES[size], device), size, experts)
+    if compiled:
+        for layer in (part for part in model.modules() if isinstance(part, Layer)):
+            layer.compile()
+    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), 0.05), 1e-5, fused=True)
+
+    def run(turn: int) -> None:
+        torch.manual_seed(turn)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return run, sum(p.numel() for p in model.parameters())
+
+
+def rivals_of_steps() -> dict:
+    return {"ours": own_loss} | ({"transformers": peer_loss} if transformers else {})
+
+
+def matrix_peak(precision: str, device: str = "cpu", n: int = 2048) -> float:
+    """Floating-point operations per CPU-second (on a GPU, per second) of large matrix products."""
+    n = 8192 if device == "cuda" else n
+    a, b = (torch.randn(n, n, device=device, dtype=PRECISION[precision]) for _ in range(2))
+
+    def run(turn: int) -> None:
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return 2 * n ** 3 / measure({"": run}, 10)[""][0 if device == "cpu" else 1]
+
+
+def measured_alone(**settings) -> dict:
+    """Median time of three steps and peak memory, of `one` in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "one", json.dumps(settings)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def largest_resident_set() -> float:
+    """Of this process until now, in MiB (resource.getrusage would count the process that started this one too)."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def one(who: str, rounds: int = 3, frames: int | None = None, **settings) -> None:
+    """Run a step in this fresh process and print what it took, as JSON."""
+    device, size = settings.get("device", "cpu"), settings.get("size", "base")
+    SIZES["measured"] = replace(SIZES[size], frames=frames or SIZES[size].frames)
+    before = largest_resident_set()
+    run, parameters = make_step(rivals_of_steps()[who], **settings | {"size": "measured"})
+    cpu, seconds = measure({"": run}, rounds)[""]
+    peak = largest_resident_set() - before
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2 ** 20
+    with FlopCounterMode(display=False) if not settings.get("compiled") else contextlib.nullcontext() as counter:
+        run(0)
+    print(json.dumps(dict(cpu=cpu, seconds=seconds, peak=peak, state=16 * parameters / 2 ** 20,  # with AdamW's moments
+                          flops=counter.get_total_flops() if counter else 0)))
+
+
+GROUPS = {  # operators of torch by what they are for; the first that matches
+    "matrix products": r"aten::(mm|addmm|mkldnn_convolution|convolution_backward)$",
+    "attention": r"aten::(_scaled_dot_product.*|bmm|baddbmm|_softmax.*)$",
+    "layer norm": r"aten::native_layer_norm.*", "GELU": r"aten::gelu.*",
+    "optimiser": r"aten::_fused_adamw_|Optimizer", "copies, gathers": r"aten::(copy_|cat|gather|index.*|scatter.*|sort)$",
+    "rest": ""}
+
+
+def where_time_goes(run) -> dict[str, float]:
+    """CPU seconds of one step by group of operators, on one thread, as their own times then add up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(0)
+    with profile() as record:
+        run(1)
+    torch.set_num_threads(threads)
+    spent = dict.fromkeys(GROUPS, 0.0)
+    for event in record.key_averages():
+        spent[next(name for name, pattern in GROUPS.items() if re.match(pattern, event.key))] += \
+            event.self_cpu_time_total / 1e6
+    return spent
+
+
+def benchmark_steps(rounds: int, picture: Path | None) -> None:
+    peak = {precision: matrix_peak(precision) for precision in PRECISION}
+    print("matrix peak per CPU-second: " + ", ".join(f"{p} {v / 1e9:.0f} GFLOP/s" for p, v in peak.items()))
+    measured, alone, profiles = {}, {}, {}
+    for step, (what, samples) in STEPS.items():
+        runs = {(who, precision): make_step(losses, step, precision, samples)[0]
+                for precision in PRECISION for who, losses in rivals_of_steps().items()}
+        measured[step] = measure(runs, rounds)
+        profiles |= {f"{what}, {who}": where_time_goes(runs[who, "bf16"]) for who in rivals_of_steps()}
+        del runs
+        alone[step] = {(who, precision): measured_alone(who=who, step=step, precision=precision, samples=samples,
+                                                        rounds=1) for precision in PRECISION for who in rivals_of_steps()}
+        print(f"\n{samples} x {what}")
+        for (who, precision), (cpu, seconds) in measured[step].items():
+            a = alone[step][who, precision]
+            print(f"  {who:14}{precision}{cpu:8.2f} CPU s{seconds:8.2f} s{a['peak']:8.0f} MiB, of them {a['state']:.0f} "
+                  f"weights, gradients, moments; {a['flops'] / 1e9:.0f} GFLOP, "
+                  f"{a['flops'] / cpu / peak[precision]:.0%} of the matrix peak")
+    if transformers:
+        print_ratios(measured, alone)
+    print("\nCPU seconds of a bf16 step on one thread\n" + " " * 44 + "".join(f"{name:>17}" for name in GROUPS))
+    for name, spent in profiles.items():
+        print(f"  {name:42}" + "".join(f"{seconds:17.3f}" for seconds in spent.values()))
+    if picture:
+        time_picture(profiles).save(picture, optimize=True)
+
+
+def print_ratios(measured: dict, alone: dict) -> None:
+    """Ours against transformers, beside the targets."""
+    print("\ntimes transformers' speed, by CPU seconds (by seconds); our memory over theirs (beyond weights, gradients, "
+          "moments)")
+    for step, times in measured.items():
+        pairs = [("fp32", "fp32", TARGETS[step]), ("bf16", "bf16", TARGETS[step]), ("bf16", "fp32", 2.5)]
+        for own, peer, target in pairs:
+            cpu, wall = np.divide(times["transformers", peer], times["ours", own])
+            mine, theirs = alone[step]["ours", own], alone[step]["transformers", peer]
+            beyond = (mine["peak"] - mine["state"]) / (theirs["peak"] - theirs["state"])
+            aim = f"target {target}" if own == peer or step == "clips" else ""
+            print(f"  {STEPS[step][0]:32}{own} against {peer}{cpu:7.2f} ({wall:.2f})  {aim:12}   memory "
+                  f"{mine['peak'] / theirs['peak']:.2f} ({beyond:.2f})  target 0.8")
+
+
+def time_picture(profiles: dict) -> Image.Image:
+    """Stacked bars of CPU seconds, from dark to light in the order of GROUPS."""
+    left, width, bar = text_width(*profiles) + 14, 620, 26
+    scale = width / max(sum(spent.values()) for spent in profiles.values())
+    shades = [tuple(int(v) for v in np.array((8, 48, 107)) + i / (len(GROUPS) - 1) * np.array((230, 190, 140)))
+              for i in range(len(GROUPS))]
+    sheet = Image.new("RGB", (left + width + 70, (bar + 8) * len(profiles) + 2 * LINE + 12), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, spent) in enumerate(profiles.items()):
+        x, y = left, row * (bar + 8) + 4
+        draw.text((left - 6, y + bar / 2), name, "black", FONT, anchor="rm")
+        for shade, seconds in zip(shades, spent.values()):
+            draw.rectangle((x, y, x + scale * seconds, y + bar), shade, "white")
+            x += scale * seconds
+        draw.text((x + 6, y + bar / 2), f"{sum(spent.values()):.2f} s", "black", FONT, anchor="lm")
+    x = 10
+    for shade, name in zip(shades, GROUPS):
+        draw.rectangle((x, sheet.height - LINE - 6, x + 14, sheet.height - LINE + 8), shade, "grey")
+        draw.text((x + 20, sheet.height - LINE + 1), name, "black", FONT, anchor="lm")
+        x += 34 + text_width(name)
+    return titled(sheet, "CPU seconds of a training step of ViT-B in bf16, on one thread")
+
+
+# ---------------------------------------------------------------------------------------------------------- experts
+
+def plain_experts(module: MoE, x: torch.Tensor, room: int | None = None) -> torch.Tensor:
+    """The same layer as a loop over experts with a gather and a scatter each; room: tokens that an expert takes at
+    most, in batch order, the others lost, as in the released layer."""
+    gates, tokens = module.router(x).flatten(0, 1), x.flatten(0, 1)
+    mixed = torch.zeros_like(tokens)
+    for i, expert in enumerate(module.experts):
+        chosen = gates[:, i].nonzero().squeeze(-1)[:room]
+        mixed = mixed.index_add(0, chosen, (expert(tokens[chosen]) * gates[chosen, i, None]).to(mixed.dtype))
+    return mixed.view_as(x)
+
+
+def benchmark_experts(rounds: int) -> None:
+    for batch, tokens, width, target in ((4, 800, 768, 1.5), (16, 288, 128, 4)):
+        module = MoE(width, [Adapter(width, width // 4) for _ in range(8)])
+        x = torch.randn(batch, tokens, width, requires_grad=True)
+
+        def run(layer, precision: str, seed: int, turn: int) -> None:
+            # Tokens choose anew in every turn and for everybody: the first to meet a shape makes the kernels for all.
+            torch.manual_seed(seed + turn)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                out = layer(x)
+            out.sum().backward()
+            module.zero_grad()
+        with torch.no_grad():
+            assert torch.allclose(module.eval()(x), plain_experts(module, x), atol=1e-5), "the forms differ"
+        module.train()
+        layers = {"ours": module, "plain loop": partial(plain_experts, module),
+                  "plain loop, limited room": partial(plain_experts, module, room=batch * tokens * 2 // 8)}
+        measured = measure({(name, precision): partial(run, layer, precision, 1000 * (2 * i + j))
+                            for i, (name, layer) in enumerate(layers.items())
+                            for j, precision in enumerate(PRECISION)}, rounds)
+        print(f"expert layer, {batch * tokens} tokens of width {width}, 8 experts, forward and backward")
+        best = {name: min(measured[name, precision][0] for precision in PRECISION) for name in layers}
+        for name in layers:
+            times = "".join(f"{measured[name, p][0]:9.4f} CPU s in {p}" for p in PRECISION)
+            print(f"  {name:26}{times}   ours is {best[name] / best['ours']:.2f} times as fast")
+        print(f"  target against the plain loop: {target}")
+
+
+# ----------------------------------------------------------------------------------------------- growth, processes
+
+def benchmark_growth() -> None:
+    def row(label: str, **settings) -> None:
+        m = measured_alone(who="ours", precision="bf16", rounds=2, **settings)
+        print(f"  {label:34}{m['cpu']:8.2f} CPU s{m['seconds']:8.2f} s{m['peak']:8.0f} MiB")
+    print("a bf16 step of ViT-B")
+    for step in ("clips", "finetune"):
+        for samples in (1, 2, 4, 8):
+            row(f"{STEPS[step][0]}, {samples}", step=step, samples=samples)
+    for step in ("clips", "finetune"):
+        for frames in (8, 16, 32):
+            row(f"{STEPS[step][0]}, 2 of {frames} frames", step=step, samples=2, frames=frames)
+    for experts in (2, 4, 8, 16, 32):
+        row(f"{STEPS['finetune'][0]}, 2, {experts} experts", step="finetune", samples=2, experts=experts)
+    for lines in (10_000, 100_000, 1_000_000):
+        benchmark_index(lines)
+
+
+def benchmark_processes() -> None:
+    """The real command at one effective batch; the time of the second epoch, in which nothing starts up."""
+    with tempfile.TemporaryDirectory() as folder:
+        data.write_synthetic(Path(folder, "data", "synthetic"), seed=0, scale=0.1)
+        seconds = {}
+        for count in (1, 2):
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+            subprocess.run([sys.executable, *launcher, str(ROOT / "pretrain.py"), "--dataset", "synthetic", "--epochs",
+                            "2", "--output", str(count)], cwd=folder, check=True, capture_output=True)
+            seconds[count] = json.loads(Path(folder, str(count), "log.jsonl").read_text().splitlines()[1])["seconds"]
+    print(f"an epoch of pretrain.py, tiny, 16 samples a step: one process {seconds[1]:.2f} s, two {seconds[2]:.2f} s: "
+          f"{seconds[1] / seconds[2]:.2f} times as fast")
+
+
+# -------------------------------------------------------------------------------------------------------------- GPU
+
+def benchmark_gpu(device: str, size: str, largest: int) -> None:
+    """bf16 steps of doubling batches up to `largest` or until memory is full, with and without compiled layers."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: there is no GPU here (--device cpu --size tiny --largest 2 tries the command itself)")
+    peak = matrix_peak("bf16", device)
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else platform.processor()}: {peak / 1e12:.2f} bf16 TFLOP/s")
+    for step, (what, _) in STEPS.items():
+        for who, compiled in [("ours", False), ("ours", True)] + [("transformers", False)] * bool(transformers):
+            settings = dict(who=who, step=step, precision="bf16", size=size, device=device, rounds=10)
+            samples = largest if device == "cpu" else fitting(settings | {"compiled": compiled}, largest)
+            m = measured_alone(**settings, samples=samples, compiled=compiled)
+            flops = measured_alone(**settings | {"rounds": 1}, samples=1)["flops"] * samples
+            print(f"  {what:32}{who + (', compiled' if compiled else ''):18}{samples:6} at once"
+                  f"{samples / m['seconds']:9.1f} per second  {flops / m['seconds'] / peak:.0%} of the peak"
+                  f"{m['peak']:8.0f} MiB")
+
+
+def fitting(settings: dict, largest: int) -> int:
+    """The largest power of two, up to `largest`, whose step fits the memory."""
+    samples = 1
+    while samples < largest:
+        with contextlib.suppress(SystemExit):
+            measured_alone(**settings | {"rounds": 1}, samples=2 * samples)
+            samples *= 2
+            continue
+        break
+    return samples
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -161,11 +495,36 @@ def benchmark_index(lines: int, workers: int = 4) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("data", help="reading, sampling, augmenting; the index of VoxCeleb2")
-    c.add_argument("--rounds", type=int, default=7, help="measured turns of each rival")
-    c.add_argument("--clips", type=int, default=8, help="videos and folders to write")
+    for name, text in (("steps", "training steps beside transformers'"), ("experts", "the expert layer"),
+                       ("growth", "by samples, frames, experts, clips"), ("processes", "two beside one"),
+                       ("data", "reading, sampling, augmenting; the index of VoxCeleb2"), ("all", "all of these")):
+        c = commands.add_parser(name, help=text)
+        c.add_argument("--rounds", type=int, default=5, help="measured turns of each rival")
+        c.add_argument("--clips", type=int, default=8, help="videos and folders to write (data)")
+        c.add_argument("--picture", type=Path, help="where to draw the steps' times")
+    c = commands.add_parser("gpu", help="training steps on a GPU")
+    c.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    c.add_argument("--size", default="base", choices=list(SIZES))
+    c.add_argument("--largest", type=int, default=1024, help="samples at once to try at most")
+    c = commands.add_parser("one")
+    c.add_argument("settings", type=json.loads)
     args = p.parse_args()
-    if args.command == "data":
+    sys.stdout.reconfigure(line_buffering=True)
+    if args.command == "one":
+        return one(**args.settings)
+    if args.command == "gpu":
+        return benchmark_gpu(args.device, args.size, args.largest)
+    print(f"torch {torch.__version__}, transformers {getattr(transformers, '__version__', 'not installed')}, "
+          f"{torch.get_num_threads()} threads")
+    if args.command in ("steps", "all"):
+        benchmark_steps(args.rounds, args.picture)
+    if args.command in ("experts", "all"):
+        benchmark_experts(4 * args.rounds)
+    if args.command in ("growth", "all"):
+        benchmark_growth()
+    if args.command in ("processes", "all"):
+        benchmark_processes()
+    if args.command in ("data", "all"):
         for lines in (1_000, 1_092_009):
             benchmark_index(lines)
         benchmark_reading(args.rounds, args.clips)

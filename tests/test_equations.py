@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune import JointLoss  # noqa: E402
-from model import (MASK_RATIO, MoAE, S4D, Adapter, Attention, Layer, MaskedAutoencoder, NoisyTopKGate,  # noqa: E402
+from model import (MASK_RATIO, MoE, S4D, Adapter, Attention, Layer, MaskedAutoencoder, NoisyTopKGate,  # noqa: E402
                    PatchEmbed, SIZES, patchify, random_mask, sincos_table)
 
 TINY = SIZES["tiny"]  # 48 x 48 pixels in 8 x 8 patches: 36 tokens per time slot, few enough for loops in Python
@@ -183,6 +183,10 @@ def random_weights(module):
     return module
 
 
+def moae_of(width, n, k, adapter_width, residual=True):
+    return MoE(width, [Adapter(width, adapter_width, residual) for _ in range(n)], k)
+
+
 def autoencoder():
     """A tiny stage 1 with tables in float64 (test_position_tables holds those that it has itself)."""
     model = random_weights(MaskedAutoencoder("tiny"))
@@ -255,6 +259,21 @@ def test_attention_and_its_weights():
     assert_same(weights, [attention_rows(module, 3, list(s)) for s in x])
     v = (x @ module.qkv.weight[24:].T + module.v_bias).view(2, 5, 3, 4).transpose(1, 2)
     assert_same(module(x), (weights @ v).transpose(1, 2).reshape(2, 5, 12) @ module.proj.weight.T + module.proj.bias)
+
+
+def test_attention_in_bf16_is_that_in_fp32_up_to_rounding():
+    """On a CPU it takes another way; both ways must have the same gradients too."""
+    module = Attention(128, heads=2)
+    torch.nn.init.normal_(module.qkv.weight, std=0.2)
+    results = []
+    for enabled in (False, True):
+        x = torch.randn(2, 36, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = module(x)
+        out.float().square().sum().backward()
+        results.append((out.float(), x.grad))
+    for exact, rounded in zip(*results):
+        assert (exact - rounded).norm() < 0.03 * exact.norm()
 
 
 # -------------------------------------------------------------------------------------------- stage 1: Eqs. (1) and (2)
@@ -358,7 +377,7 @@ def test_adapter_equation_8(residual):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("n, k, r", [(8, 2, 3), (4, 1, 5), (3, 3, 1), (1, 1, 2)])
 def test_expert_layer_equations_7_and_9(n, k, r, residual):
-    module = random_weights(MoAE(12, n, k, adapter_width=r, residual=residual))
+    module = random_weights(moae_of(12, n, k, r, residual))
     x = torch.randn(2, 7, 12, dtype=torch.float64)
     assert_same(module(x), [[moae(module, k, token, residual) for token in s] for s in x])
 
@@ -366,7 +385,7 @@ def test_expert_layer_equations_7_and_9(n, k, r, residual):
 @pytest.mark.parametrize("residual", [True, False])
 def test_expert_layer_has_the_gradients_of_the_plain_sum(monkeypatch, residual):
     """In training, so that the learned deviation of the noise has a gradient as well."""
-    module = random_weights(MoAE(12, 4, 2, adapter_width=3, residual=residual)).train().requires_grad_(True)
+    module = random_weights(moae_of(12, 4, 2, 3, residual)).train().requires_grad_(True)
     noise = fixed_noise(monkeypatch, 2, 7, 4)
     x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
     sensitivity = torch.randn(2, 7, 12, dtype=torch.float64)
@@ -379,7 +398,7 @@ def test_expert_layer_has_the_gradients_of_the_plain_sum(monkeypatch, residual):
 
 
 def test_a_token_depends_on_its_own_experts_alone():
-    module, x = random_weights(MoAE(12, 4, 2, adapter_width=3)), torch.randn(1, 20, 12, dtype=torch.float64)
+    module, x = random_weights(moae_of(12, 4, 2, 3)), torch.randn(1, 20, 12, dtype=torch.float64)
     before, chosen = module(x)[0], module.router(x)[0] > 0
     for number, expert in enumerate(module.experts):
         kept = {name: value.clone() for name, value in expert.state_dict().items()}
@@ -394,7 +413,7 @@ def test_a_token_depends_on_its_own_experts_alone():
 
 @pytest.mark.parametrize("experts", [True, False])
 def test_layer_equations_10_to_13(experts):
-    block = random_weights(Layer(128, 2, MoAE(128, 4, 2, adapter_width=6) if experts else None))
+    block = random_weights(Layer(128, 2, moae_of(128, 4, 2, 6) if experts else None))
     x = torch.randn(2, 5, 128, dtype=torch.float64) / 10  # small, so that the norms' 1e-6 shows
     assert_same(block(x), [layer(block, list(s)) for s in x])
 

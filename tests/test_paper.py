@@ -13,7 +13,7 @@ import finetune
 import model
 import pretrain
 from evaluate import observe
-from model import CheckpointError, MaskedAutoencoder, MoE, S4D, initialise, load_checkpoint, read_checkpoint
+from model import CheckpointError, MaskedAutoencoder, Mlp, MoE, S4D, initialise, load_checkpoint, read_checkpoint
 
 CLASSES = ["calm", "glad", "sad"]
 
@@ -74,7 +74,7 @@ def test_positions_of_table_8():
 
 
 def test_vit_moe_is_equation_7_over_ffns_and_starts_as_the_pretrained_ffn(stage1):
-    moe = random_weights(MoE(16, experts=4, k=2))
+    moe = random_weights(MoE(16, [Mlp(16, 64) for _ in range(4)], k=2))
     x = torch.randn(1, 9, 16, dtype=torch.float64)
     for token, output in zip(x[0], moe(x)[0]):
         gates = gate(moe.router, 2, token)

@@ -57,6 +57,21 @@ def test_two_processes_follow_the_losses_of_one(runs, stage, steps):
     assert_same_losses(losses(folder / f"{stage}1"), losses(folder / f"{stage}2"), steps)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_compiled_layers_follow_the_losses_and_are_compiled_in_the_first_epoch_only(runs, faces, monkeypatch, stage):
+    folder, _ = runs
+    monkeypatch.setenv("TORCH_LOGS", "recompiles")
+    own = (["--epochs", 2] if stage == "pretrain" else
+           ["--epochs", 5, "--warmup-epochs", 1, "--image-batch-size", 16, "--pretrained", folder / "pre1/last.pt"])
+    output = run_command(folder, f"{stage}.py", *SMALL, "--data-root", faces, *own, "--compile", "aot_eager",
+                         "--output", folder / f"compiled-{stage}")
+    first, later = output.split(f"{stage} epoch 2/", 1)
+    assert "Recompiling function" in first, "the two kinds of batch have different shapes"
+    assert "Recompiling function" not in later and "recompile_limit" not in output
+    plain = losses(folder / {"pretrain": "pre1", "finetune": "fine1"}[stage])
+    assert_same_losses(losses(folder / f"compiled-{stage}"), plain)
+
+
 def test_evaluation_by_two_processes_is_exactly_that_by_one(runs, faces):
     folder, _ = runs
     reports = []
