@@ -8,10 +8,10 @@
     python tests/benchmark.py all             all of these
     python tests/benchmark.py gpu             the steps on a GPU, with and without --compile
 
-Rivals run in turns, several times, and medians are printed: other work on the machine then disturbs all of them. CPU
-seconds are those of this process and its threads. A step is forward, backward and the same fused AdamW for everybody.
-Peak memory is a fresh process's largest resident set less that before the model was made. transformers and decord are
-measured where they are installed (pip install transformers decord).
+Rivals run in turns, several times, and medians are printed: other work on the machine then disturbs all of them. All
+end in one table of ratios. CPU seconds are those of this process and its threads. A step is forward, backward and the
+same fused AdamW for everybody. Peak memory is a fresh process's largest resident set less that before the model was
+made. transformers and decord are measured where they are installed (pip install transformers decord).
 """
 import argparse
 import contextlib
@@ -26,6 +26,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: a waiting thread takes no CPU seconds
 
@@ -56,24 +57,42 @@ except ImportError:
     transformers = None
 
 
+def timed(run, turn: int) -> tuple[float, float]:
+    """CPU seconds and seconds of a call."""
+    cpu, began = time.process_time(), time.perf_counter()
+    run(turn)
+    return time.process_time() - cpu, time.perf_counter() - began
+
+
 def measure(rivals: dict, rounds: int) -> dict[str, tuple[float, float]]:
     """Median (CPU seconds, seconds) of one call of each rival, in turns; the first round does not count."""
     times = {name: [] for name in rivals}
     for turn in range(rounds + 1):
         for name, run in rivals.items():
-            cpu, began = time.process_time(), time.perf_counter()
-            run(turn)
-            if turn:
-                times[name].append((time.process_time() - cpu, time.perf_counter() - began))
-    return {name: tuple(np.median(values, axis=0)) for name, values in times.items()}
+            times[name].append(timed(run, turn))
+    return {name: tuple(np.median(values[1:], axis=0)) for name, values in times.items()}
 
 
-def print_rates(title: str, samples: int, measured: dict, rival: str | None) -> None:
-    """Samples per CPU-second and per second, and how many times the rival's rate that is."""
-    print(title)
-    for name, (cpu, seconds) in measured.items():
-        ratio = f"   {measured[rival][0] / cpu:.2f} x {rival} per CPU-second" if rival in measured else ""
-        print(f"  {name:28}{samples / cpu:9.1f} per CPU-second{samples / seconds:9.1f} per second{ratio}")
+class Ratio(NamedTuple):
+    """A line of the table: seconds (or what `unit` says) of ours and of the rival, and how many times that is ours."""
+    what: str
+    rival: str
+    ours: tuple[float, float]               # CPU seconds and seconds, or a number twice
+    theirs: tuple[float, float]
+    target: str = ""
+    unit: str = "s"
+
+
+def print_table(ratios: list[Ratio]) -> None:
+    print("\n| what | against | ours | theirs | times as fast (by CPU seconds) | target |\n|---|---|---|---|---|---|")
+    for row in ratios:
+        cpu, seconds = np.divide(row.theirs, row.ours)
+        if row.unit == "s":
+            ours, theirs, ratio = (f"{row.ours[1]:.3g} s", f"{row.theirs[1]:.3g} s", f"{seconds:.2f} ({cpu:.2f})")
+        else:
+            ours, theirs, ratio = (f"{row.ours[0]:.0f} {row.unit}", f"{row.theirs[0]:.0f} {row.unit}",
+                                   f"{1 / cpu:.2f} of theirs")
+        print(f"| {row.what} | {row.rival} | {ours} | {theirs} | {ratio} | {row.target} |")
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
@@ -82,6 +101,7 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS = {"clips": ("pre-training, clips at 95 %", 4), "images": ("pre-training, images at 90 %", 32),
          "finetune": ("fine-tuning, clips", 2)}  # what they are, samples
 TARGETS = {"clips": 1.25, "images": 1.2, "finetune": 1.0}  # times transformers' speed at equal precision
+DEFAULTS = {"clips": 2.5}                   # our default precision against theirs
 CLASSES = [str(i) for i in range(7)]
 
 
@@ -162,12 +182,25 @@ def matrix_peak(precision: str, device: str = "cpu", n: int = 2048) -> float:
     return 2 * n ** 3 / measure({"": run}, 10)[""][0 if device == "cpu" else 1]
 
 
-def measured_alone(**settings) -> dict:
-    """Median time of three steps and peak memory, of `one` in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "one", json.dumps(settings)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def in_turns(rivals: dict, rounds: int) -> dict[object, dict]:
+    """Each rival's step in a process of its own, as in training, one at a time and in turns. rivals: settings by name.
+    Returns what `one` prints, with median CPU seconds and seconds as "time"; the first two rounds do not count."""
+    processes = {name: subprocess.Popen([sys.executable, __file__, "one", json.dumps(settings)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                 for name, settings in rivals.items()}
+    times, results = {name: [] for name in rivals}, {}
+    try:
+        for turn in range(rounds + 2):
+            for name, process in processes.items():
+                print(turn, file=process.stdin, flush=True)
+                times[name].append(json.loads(process.stdout.readline() or sys.exit(f"error: {rivals[name]} failed")))
+        for name, process in processes.items():
+            rest = process.communicate()[0]
+            results[name] = json.loads(rest) | {"time": tuple(np.median(times[name][2:], axis=0))}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return results
 
 
 def largest_resident_set() -> float:
@@ -175,85 +208,82 @@ def largest_resident_set() -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def one(who: str, rounds: int = 3, frames: int | None = None, **settings) -> None:
-    """Run a step in this fresh process and print what it took, as JSON."""
+def one(who: str, frames: int | None = None, spent: bool = False, **settings) -> None:
+    """In this fresh process, run a step for every line of standard input and print what it took, as JSON; then its peak
+    memory, operations and, if asked, what the time was spent on."""
     device, size = settings.get("device", "cpu"), settings.get("size", "base")
+    torch.set_num_threads(1 if size == "tiny" else torch.get_num_threads())
     SIZES["measured"] = replace(SIZES[size], frames=frames or SIZES[size].frames)
     before = largest_resident_set()
     run, parameters = make_step(rivals_of_steps()[who], **settings | {"size": "measured"})
-    cpu, seconds = measure({"": run}, rounds)[""]
+    for line in sys.stdin:
+        print(json.dumps(timed(run, int(line))), flush=True)
     peak = largest_resident_set() - before
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2 ** 20
     with FlopCounterMode(display=False) if not settings.get("compiled") else contextlib.nullcontext() as counter:
         run(0)
-    print(json.dumps(dict(cpu=cpu, seconds=seconds, peak=peak, state=16 * parameters / 2 ** 20,  # with AdamW's moments
-                          flops=counter.get_total_flops() if counter else 0)))
+    print(json.dumps(dict(peak=peak, state=16 * parameters / 2 ** 20,       # with AdamW's moments
+                          flops=counter.get_total_flops() if counter else 0,
+                          spent=where_time_goes(run) if spent else None)))
 
 
 GROUPS = {  # operators of torch by what they are for; the first that matches
     "matrix products": r"aten::(mm|addmm|mkldnn_convolution|convolution_backward)$",
     "attention": r"aten::(_scaled_dot_product.*|bmm|baddbmm|_softmax.*)$",
     "layer norm": r"aten::native_layer_norm.*", "GELU": r"aten::gelu.*",
-    "optimiser": r"aten::_fused_adamw_|Optimizer", "copies, gathers": r"aten::(copy_|cat|gather|index.*|scatter.*|sort)$",
+    "optimiser": r"aten::_fused_adamw_|Optimizer",
+    "copies, gathers": r"aten::(copy_|cat|gather|index.*|scatter.*|sort)$",
     "rest": ""}
 
 
 def where_time_goes(run) -> dict[str, float]:
-    """CPU seconds of one step by group of operators, on one thread, as their own times then add up."""
-    threads = torch.get_num_threads()
+    """CPU seconds of a step by group of operators, on one thread, as their own times then add up; the shortest of 3."""
+    threads, records = torch.get_num_threads(), []
     torch.set_num_threads(1)
-    run(0)
-    with profile() as record:
-        run(1)
+    for turn in range(4):
+        with profile() as record:
+            run(turn)
+        spent = dict.fromkeys(GROUPS, 0.0)
+        for event in record.key_averages():
+            spent[next(name for name, pattern in GROUPS.items() if re.match(pattern, event.key))] += \
+                event.self_cpu_time_total / 1e6
+        records.append(spent)
     torch.set_num_threads(threads)
-    spent = dict.fromkeys(GROUPS, 0.0)
-    for event in record.key_averages():
-        spent[next(name for name, pattern in GROUPS.items() if re.match(pattern, event.key))] += \
-            event.self_cpu_time_total / 1e6
-    return spent
+    return min(records[1:], key=lambda spent: sum(spent.values()))
 
 
-def benchmark_steps(rounds: int, picture: Path | None) -> None:
+def benchmark_steps(rounds: int, picture: Path | None) -> list[Ratio]:
     peak = {precision: matrix_peak(precision) for precision in PRECISION}
     print("matrix peak per CPU-second: " + ", ".join(f"{p} {v / 1e9:.0f} GFLOP/s" for p, v in peak.items()))
-    measured, alone, profiles = {}, {}, {}
+    profiles, ratios = {}, []
     for step, (what, samples) in STEPS.items():
-        runs = {(who, precision): make_step(losses, step, precision, samples)[0]
-                for precision in PRECISION for who, losses in rivals_of_steps().items()}
-        measured[step] = measure(runs, rounds)
-        profiles |= {f"{what}, {who}": where_time_goes(runs[who, "bf16"]) for who in rivals_of_steps()}
-        del runs
-        alone[step] = {(who, precision): measured_alone(who=who, step=step, precision=precision, samples=samples,
-                                                        rounds=1) for precision in PRECISION for who in rivals_of_steps()}
+        measured = in_turns({(who, precision): dict(who=who, step=step, precision=precision, samples=samples,
+                                                    spent=precision == "bf16")
+                             for precision in PRECISION for who in rivals_of_steps()}, rounds)
         print(f"\n{samples} x {what}")
-        for (who, precision), (cpu, seconds) in measured[step].items():
-            a = alone[step][who, precision]
-            print(f"  {who:14}{precision}{cpu:8.2f} CPU s{seconds:8.2f} s{a['peak']:8.0f} MiB, of them {a['state']:.0f} "
-                  f"weights, gradients, moments; {a['flops'] / 1e9:.0f} GFLOP, "
-                  f"{a['flops'] / cpu / peak[precision]:.0%} of the matrix peak")
-    if transformers:
-        print_ratios(measured, alone)
+        for (who, precision), m in measured.items():
+            print(f"  {who:14}{precision}{m['time'][0]:8.2f} CPU s{m['time'][1]:8.2f} s{m['peak']:8.0f} MiB, of them "
+                  f"{m['state']:.0f} weights, gradients, moments; {m['flops'] / 1e9:.0f} GFLOP, "
+                  f"{m['flops'] / m['time'][0] / peak[precision]:.0%} of the matrix peak")
+        profiles |= {f"{what}, {who}": m["spent"] for (who, precision), m in measured.items() if m["spent"]}
+        ratios += step_ratios(step, measured) if transformers else []
     print("\nCPU seconds of a bf16 step on one thread\n" + " " * 44 + "".join(f"{name:>17}" for name in GROUPS))
     for name, spent in profiles.items():
         print(f"  {name:42}" + "".join(f"{seconds:17.3f}" for seconds in spent.values()))
     if picture:
         time_picture(profiles).save(picture, optimize=True)
+    return ratios
 
 
-def print_ratios(measured: dict, alone: dict) -> None:
-    """Ours against transformers, beside the targets."""
-    print("\ntimes transformers' speed, by CPU seconds (by seconds); our memory over theirs (beyond weights, gradients, "
-          "moments)")
-    for step, times in measured.items():
-        pairs = [("fp32", "fp32", TARGETS[step]), ("bf16", "bf16", TARGETS[step]), ("bf16", "fp32", 2.5)]
-        for own, peer, target in pairs:
-            cpu, wall = np.divide(times["transformers", peer], times["ours", own])
-            mine, theirs = alone[step]["ours", own], alone[step]["transformers", peer]
-            beyond = (mine["peak"] - mine["state"]) / (theirs["peak"] - theirs["state"])
-            aim = f"target {target}" if own == peer or step == "clips" else ""
-            print(f"  {STEPS[step][0]:32}{own} against {peer}{cpu:7.2f} ({wall:.2f})  {aim:12}   memory "
-                  f"{mine['peak'] / theirs['peak']:.2f} ({beyond:.2f})  target 0.8")
+def step_ratios(step: str, measured: dict) -> list[Ratio]:
+    """Ours against transformers, at equal precision and at each one's default."""
+    what = f"{STEPS[step][1]} x {STEPS[step][0]}"
+    pairs = [("bf16", "bf16", TARGETS[step]), ("fp32", "fp32", TARGETS[step]), ("bf16", "fp32", DEFAULTS.get(step, ""))]
+    ratios = [Ratio(f"{what}, {own}", f"transformers, {peer}", measured["ours", own]["time"],
+                    measured["transformers", peer]["time"], f"{target}") for own, peer, target in pairs]
+    peaks = [(measured[who, "bf16"]["peak"],) * 2 for who in ("ours", "transformers")]
+    return [*ratios, Ratio(f"{what}, peak memory", "transformers, bf16", *peaks, "at most 0.8", "MiB")]
 
 
 def time_picture(profiles: dict) -> Image.Image:
@@ -292,41 +322,44 @@ def plain_experts(module: MoE, x: torch.Tensor, room: int | None = None) -> torc
     return mixed.view_as(x)
 
 
-def benchmark_experts(rounds: int) -> None:
+def benchmark_experts(rounds: int, device: str = "cpu") -> list[Ratio]:
+    threads, ratios = torch.get_num_threads(), []
     for batch, tokens, width, target in ((4, 800, 768, 1.5), (16, 288, 128, 4)):
-        module = MoE(width, [Adapter(width, width // 4) for _ in range(8)])
-        x = torch.randn(batch, tokens, width, requires_grad=True)
+        torch.set_num_threads(threads if width == 768 else 1)  # as training does
+        module = MoE(width, [Adapter(width, width // 4) for _ in range(8)]).to(device)
+        x = torch.randn(batch, tokens, width, device=device, requires_grad=True)
 
         def run(layer, precision: str, seed: int, turn: int) -> None:
             # Tokens choose anew in every turn and for everybody: the first to meet a shape makes the kernels for all.
             torch.manual_seed(seed + turn)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                 out = layer(x)
             out.sum().backward()
             module.zero_grad()
+            if device == "cuda":
+                torch.cuda.synchronize()
         with torch.no_grad():
-            assert torch.allclose(module.eval()(x), plain_experts(module, x), atol=1e-5), "the forms differ"
+            assert torch.allclose(module.eval()(x), plain_experts(module, x), atol=1e-4), "the forms differ"
         module.train()
         layers = {"ours": module, "plain loop": partial(plain_experts, module),
-                  "plain loop, limited room": partial(plain_experts, module, room=batch * tokens * 2 // 8)}
+                  "released loop, which drops tokens": partial(plain_experts, module, room=batch * tokens * 2 // 8)}
         measured = measure({(name, precision): partial(run, layer, precision, 1000 * (2 * i + j))
                             for i, (name, layer) in enumerate(layers.items())
                             for j, precision in enumerate(PRECISION)}, rounds)
-        print(f"expert layer, {batch * tokens} tokens of width {width}, 8 experts, forward and backward")
-        best = {name: min(measured[name, precision][0] for precision in PRECISION) for name in layers}
-        for name in layers:
-            times = "".join(f"{measured[name, p][0]:9.4f} CPU s in {p}" for p in PRECISION)
-            print(f"  {name:26}{times}   ours is {best[name] / best['ours']:.2f} times as fast")
-        print(f"  target against the plain loop: {target}")
+        ratios += [Ratio(f"expert layer, {batch * tokens} tokens of width {width}, {precision}", f"{name}, {precision}",
+                         measured["ours", precision], measured[name, precision], target if name == "plain loop" else "")
+                   for precision in PRECISION for name in list(layers)[1:]]
+    torch.set_num_threads(threads)
+    return ratios
 
 
 # ----------------------------------------------------------------------------------------------- growth, processes
 
 def benchmark_growth() -> None:
     def row(label: str, **settings) -> None:
-        m = measured_alone(who="ours", precision="bf16", rounds=2, **settings)
-        print(f"  {label:34}{m['cpu']:8.2f} CPU s{m['seconds']:8.2f} s{m['peak']:8.0f} MiB")
-    print("a bf16 step of ViT-B")
+        m = in_turns({"": dict(who="ours", precision="bf16", **settings)}, 3)[""]
+        print(f"| {label} | {m['time'][1]:.2f} s | {m['time'][0]:.2f} s | {m['peak']:.0f} MiB |")
+    print("\n| a bf16 step of ViT-B | time | CPU time | peak memory |\n|---|---|---|---|")
     for step in ("clips", "finetune"):
         for samples in (1, 2, 4, 8):
             row(f"{STEPS[step][0]}, {samples}", step=step, samples=samples)
@@ -335,11 +368,13 @@ def benchmark_growth() -> None:
             row(f"{STEPS[step][0]}, 2 of {frames} frames", step=step, samples=2, frames=frames)
     for experts in (2, 4, 8, 16, 32):
         row(f"{STEPS['finetune'][0]}, 2, {experts} experts", step="finetune", samples=2, experts=experts)
+    print("\n| clips listed | list loaded | 40 micro-batches by 4 loading processes | memory of each, PSS | USS |\n"
+          "|---|---|---|---|---|")
     for lines in (10_000, 100_000, 1_000_000):
         benchmark_index(lines)
 
 
-def benchmark_processes() -> None:
+def benchmark_processes() -> list[Ratio]:
     """The real command at one effective batch; the time of the second epoch, in which nothing starts up."""
     with tempfile.TemporaryDirectory() as folder:
         data.write_synthetic(Path(folder, "data", "synthetic"), seed=0, scale=0.1)
@@ -349,27 +384,39 @@ def benchmark_processes() -> None:
             subprocess.run([sys.executable, *launcher, str(ROOT / "pretrain.py"), "--dataset", "synthetic", "--epochs",
                             "2", "--output", str(count)], cwd=folder, check=True, capture_output=True)
             seconds[count] = json.loads(Path(folder, str(count), "log.jsonl").read_text().splitlines()[1])["seconds"]
-    print(f"an epoch of pretrain.py, tiny, 16 samples a step: one process {seconds[1]:.2f} s, two {seconds[2]:.2f} s: "
-          f"{seconds[1] / seconds[2]:.2f} times as fast")
+    return [Ratio("an epoch of pretrain.py, size tiny, two processes", "one process", *((seconds[count],) * 2
+                                                                                      for count in (2, 1)))]
 
 
 # -------------------------------------------------------------------------------------------------------------- GPU
 
+PAPERS = {"clips": 192, "images": 192, "finetune": 16}  # samples that a GPU of the paper computes at once
+
+
 def benchmark_gpu(device: str, size: str, largest: int) -> None:
-    """bf16 steps of doubling batches up to `largest` or until memory is full, with and without compiled layers."""
+    """bf16 steps at the paper's batch and at the largest that fits, with and without compiled layers; the expert layer;
+    and how many cores would load what the fastest step takes."""
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: there is no GPU here (--device cpu --size tiny --largest 2 tries the command itself)")
     peak = matrix_peak("bf16", device)
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else platform.processor()}: {peak / 1e12:.2f} bf16 TFLOP/s")
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else platform.processor()}, torch {torch.__version__}: "
+          f"{peak / 1e12:.2f} bf16 TFLOP/s\n\n"
+          "| step, bf16 | of | samples at once | per second | of the peak | memory |\n|---|---|---|---|---|---|")
+    fastest = 0
     for step, (what, _) in STEPS.items():
         for who, compiled in [("ours", False), ("ours", True)] + [("transformers", False)] * bool(transformers):
-            settings = dict(who=who, step=step, precision="bf16", size=size, device=device, rounds=10)
-            samples = largest if device == "cpu" else fitting(settings | {"compiled": compiled}, largest)
-            m = measured_alone(**settings, samples=samples, compiled=compiled)
-            flops = measured_alone(**settings | {"rounds": 1}, samples=1)["flops"] * samples
-            print(f"  {what:32}{who + (', compiled' if compiled else ''):18}{samples:6} at once"
-                  f"{samples / m['seconds']:9.1f} per second  {flops / m['seconds'] / peak:.0%} of the peak"
-                  f"{m['peak']:8.0f} MiB")
+            settings = dict(who=who, step=step, precision="bf16", size=size, device=device)
+            flops = in_turns({"": settings | {"samples": 1}}, 1)[""]["flops"]
+            settings |= {"compiled": compiled}
+            for samples in sorted({min(PAPERS[step], largest), fitting(settings, largest)}):
+                m = in_turns({"": settings | {"samples": samples}}, 10)[""]
+                rate = samples / m["time"][1]
+                fastest = max(fastest, rate) if (who, step) == ("ours", "clips") else fastest
+                print(f"| {what} | {who}{', compiled' if compiled else ''} | {samples} | {rate:.1f} | "
+                      f"{flops * rate / peak:.0%} | {m['peak']:.0f} MiB |")
+    print_table(benchmark_experts(20, device))
+    rates = benchmark_reading(3, 8)[1]
+    print(f"loading {fastest:.0f} clips of stage 1 a second takes {fastest / rates['pretrain', 'videos']:.1f} cores")
 
 
 def fitting(settings: dict, largest: int) -> int:
@@ -377,7 +424,7 @@ def fitting(settings: dict, largest: int) -> int:
     samples = 1
     while samples < largest:
         with contextlib.suppress(SystemExit):
-            measured_alone(**settings | {"rounds": 1}, samples=2 * samples)
+            in_turns({"": settings | {"samples": 2 * samples}}, 1)
             samples *= 2
             continue
         break
@@ -441,13 +488,14 @@ def draw(training: data.TrainingData, source: data.Source, reader, turn: int) ->
     return x
 
 
-def benchmark_reading(rounds: int, clips: int) -> None:
+def benchmark_reading(rounds: int, clips: int) -> tuple[list[Ratio], dict[tuple[str, str], float]]:
+    """Ratios, and samples per CPU-second of each stage and kind of file."""
+    threads, own, ratios, rates = torch.get_num_threads(), data.read_clip, [], {}
     torch.set_num_threads(1)                # as in a loading process
-    own = data.read_clip
     with tempfile.TemporaryDirectory() as folder:
         videos, folders = write_files(Path(folder), clips)
         size = sum(videos.path(i).stat().st_size for i in range(clips)) / clips
-        print(f"{clips} videos, 224 x 224, 200 frames, a key frame every 250, {size / 1024:.0f} KiB on average; and "
+        print(f"\n{clips} videos, 224 x 224, 200 frames, a key frame every 250, {size / 1024:.0f} KiB on average; and "
               "their first 60 frames as JPEG")
         for stage, repeats in (("pretrain", 4), ("finetune", 1)):
             for kind, samples, rival, reader in (("videos", videos, "decord", decord and decord_clip),
@@ -459,7 +507,12 @@ def benchmark_reading(rounds: int, clips: int) -> None:
                 assert all(torch.equal(x, drawn[0]) for x in drawn), "the readers differ"
                 measured = measure({name: partial(draw, training, source, reader) for name, reader in readers.items()},
                                    rounds)
-                print_rates(f"{stage}, {kind}, whole path", clips * repeats, measured, rival)
+                rates[stage, kind] = clips * repeats / measured["data.py"][0]
+                print(f"  {stage}, {kind}: {rates[stage, kind]:.0f} samples per CPU-second")
+                ratios += [Ratio(f"read and augment {clips * repeats} samples of {clips} {kind}, {stage}", rival,
+                                 measured["data.py"], measured[rival])] if rival in measured else []
+    torch.set_num_threads(threads)
+    return ratios, rates
 
 
 def memory(pid: int) -> tuple[float, float]:
@@ -488,8 +541,7 @@ def benchmark_index(lines: int, workers: int = 4) -> None:
         first = time.perf_counter() - began
         held = [memory(worker.pid) for worker in loading._workers]
         pss, uss = np.mean(held, axis=0)
-        print(f"{len(samples):9,} clips listed: loaded in {seconds:.2f} s, {10 * workers} micro-batches after "
-              f"{first:.2f} s; each of {workers} loading processes PSS {pss:.0f} MiB, USS {uss:.0f} MiB")
+        print(f"| {len(samples):,} | {seconds:.2f} s | {first:.2f} s | {pss:.0f} MiB | {uss:.0f} MiB |")
 
 
 def main() -> None:
@@ -497,7 +549,7 @@ def main() -> None:
     commands = p.add_subparsers(dest="command", required=True)
     for name, text in (("steps", "training steps beside transformers'"), ("experts", "the expert layer"),
                        ("growth", "by samples, frames, experts, clips"), ("processes", "two beside one"),
-                       ("data", "reading, sampling, augmenting; the index of VoxCeleb2"), ("all", "all of these")):
+                       ("data", "reading, sampling, augmenting"), ("all", "all of these")):
         c = commands.add_parser(name, help=text)
         c.add_argument("--rounds", type=int, default=5, help="measured turns of each rival")
         c.add_argument("--clips", type=int, default=8, help="videos and folders to write (data)")
@@ -516,18 +568,11 @@ def main() -> None:
         return benchmark_gpu(args.device, args.size, args.largest)
     print(f"torch {torch.__version__}, transformers {getattr(transformers, '__version__', 'not installed')}, "
           f"{torch.get_num_threads()} threads")
-    if args.command in ("steps", "all"):
-        benchmark_steps(args.rounds, args.picture)
-    if args.command in ("experts", "all"):
-        benchmark_experts(4 * args.rounds)
-    if args.command in ("growth", "all"):
-        benchmark_growth()
-    if args.command in ("processes", "all"):
-        benchmark_processes()
-    if args.command in ("data", "all"):
-        for lines in (1_000, 1_092_009):
-            benchmark_index(lines)
-        benchmark_reading(args.rounds, args.clips)
+    parts = {"steps": partial(benchmark_steps, args.rounds, args.picture),
+             "experts": partial(benchmark_experts, 4 * args.rounds), "growth": benchmark_growth,
+             "processes": benchmark_processes, "data": lambda: benchmark_reading(args.rounds, args.clips)[0]}
+    names = parts if args.command == "all" else [args.command]
+    print_table([ratio for name in names for ratio in parts[name]() or []])
 
 
 if __name__ == "__main__":
