@@ -150,7 +150,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))                      # (B, N, d)
 
     def weights(self, x: torch.Tensor) -> torch.Tensor:
-        """The attention map that `forward` never stores: (B, N, d) -> (B, h, N, N), rows sum to 1 (Fig. 6)."""
+        """The attention map that `forward` applies: (B, N, d) -> (B, h, N, N), rows sum to 1 (Fig. 6)."""
         q, k, _ = self.queries_keys_values(x)
         return at_least_fp32(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
