@@ -48,7 +48,8 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--warmup-epochs", type=float, default=5, help="epochs in which the learning rate rises")
     p.add_argument("--weight-decay", type=float, default=0.05, help="of weight matrices; biases and norms have none")
     p.add_argument("--layer-decay", type=float, default=0.75, help="learning rate of a layer over that of the next")
-    p.add_argument("--image-share", type=float, default=0.5, help="share of the images that an epoch sees")
+    p.add_argument("--image-share", type=float, default=0.5, help="images that an epoch draws, by their number; "
+                   "classes equally often")
     p.add_argument("--augment", choices=["paper", "light"], default="paper", help="light: horizontal flip only")
     p.add_argument("--mixing", type=float, default=1.0, help="share of micro-batches with mixup 0.8 or cutmix 1.0")
     p.add_argument("--label-smoothing", type=float, default=0.1, help="of the cross-entropy's targets")
@@ -176,13 +177,14 @@ class JointLoss(nn.Module):
         x = to_float(x)
         source = modality(x)
         if torch.rand(()) < self.mixing:
-            x, labels = self.mix[source](x if source == "image" else tv_tensors.Video(x), labels)
-            x = x.as_subclass(torch.Tensor)                                 # labels become (B, C) probabilities
-        # The other head's loss is multiplied by 0; any function of its weights gives DDP the gradient it waits for.
+            x, labels = self.mix[source](x if source == "image" else tv_tensors.Video(x), labels)  # labels: (B, C)
+            x = x.as_subclass(torch.Tensor)
+        # Times 0 in Eq. (3), a sum of the other head's weights gives them a gradient of 0, which DDP waits for; AdamW's
+        # decay and momentum go on there, as for any gradient of 0.
         loss = {name: sum(p.sum() for p in head.parameters()) for name, head in self.model.head.items()}
         loss[source] = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
         alpha = 1 if source == "video" else 0
-        # Eq. (3)
+        # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER
         total = (1 - alpha) * loss.get("image", 0) + alpha * loss.get("video", 0)
         if self.balance:
             total = total + self.balance * self.gates.balancing_loss()
@@ -216,7 +218,7 @@ class Gates:
 
     def balancing_loss(self) -> torch.Tensor:
         """n sum_i f_i P_i of Switch Transformer, mean over layers: f_i the share of assignments that expert i got, P_i
-        its mean probability before the top-k. It is 1 when both are even."""
+        its mean probability before noise and top-k. It is 1 when both are even."""
         losses = []
         for layer, (x, gates) in self.last.items():
             share = (gates > 0).flatten(0, 1).float().mean(0) / self.routers[layer].k

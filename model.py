@@ -2,10 +2,10 @@
 
 It reads in the order in which data flows: a clip becomes tokens, a layer transforms tokens, the masked autoencoder
 hides most of them and predicts their pixels (Eqs. 1, 2), the gate sends each token to a few adapter experts
-(Eqs. 4-13), and S4D classifies images and clips with one encoder and two heads. Equation numbers are those of
-"Static for Dynamic" (S4D). Parameters carry the names of the released checkpoints.
+(Eqs. 4-9; a layer with them is Eqs. 10-13), and S4D classifies images and clips with one encoder and two heads.
+Equation numbers are those of "Static for Dynamic" (S4D). Parameters carry the names of the released checkpoints.
 
-B batch               T frames, H x W pixels    N tokens, of which V visible and M masked
+B batch               T frames, H x W pixels    N tokens, V of them visible, M masked (in Eqs. 1 and 2 M is the mask)
 d token width         h attention heads         P values in a token's pixels = tubelet * patch * patch * 3
 n experts             k experts per token       r adapter width
 """
@@ -100,7 +100,7 @@ def sincos_table(length: int, width: int) -> torch.Tensor:
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """Losses and softmaxes are taken in fp32 under autocast, and left alone in fp64 (the tests' precision)."""
+    """Losses and the gate's softmax are taken in fp32 under autocast, and left alone in fp64 (the tests' precision)."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -182,23 +182,23 @@ class Layer(nn.Module):
         self.moe_layer = moe_layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Eq. (10)
+        # Eq. (10): x' = x + MHSA(LayerNorm(x))
         x = x + self.attn(self.norm1(x))                                    # x'   (B, N, d)
         normed = self.norm2(x)
         if self.mlp is None:
             return x + self.moe_layer(normed)
-        # Eq. (11)
+        # Eq. (11): x_g = FFN(LayerNorm(x'))
         generic = self.mlp(normed)                                          # x_g  (B, N, d)
         if self.moe_layer is None:
             return x + generic
-        # Eq. (12)
+        # Eq. (12): x_s = MoAE(LayerNorm(x'))
         specific = self.moe_layer(normed)                                   # x_s  (B, N, d)
-        # Eq. (13)
+        # Eq. (13): x_o = x' + x_g + x_s
         return x + generic + specific                                       # x_o  (B, N, d)
 
 
 class ViT(nn.Module):
-    """Patch embedding and layers; `norm` only where the released stage 1 has it. No class token."""
+    """Patch embedding and layers. `norm` is stage 1's; stage 2 normalises the mean token instead. No class token."""
 
     def __init__(self, size: Size, moe_layers: dict[int, nn.Module] | None = None, final_norm: bool = False,
                  moe_replaces_ffn: bool = False):
@@ -232,7 +232,7 @@ def masked_tokens(tokens: int, ratio: float) -> int:
 def random_mask(batch: int, tokens: int, ratio: float, device: torch.device | str = "cpu") -> torch.Tensor:
     """Uniformly random masks (B, N), True = masked, the same number of them True in every sample."""
     order = torch.rand(batch, tokens, device=device).argsort(dim=1)
-    return order.argsort(dim=1) < masked_tokens(tokens, ratio)
+    return order.argsort(dim=1) < masked_tokens(tokens, ratio)              # the argsort of an order: a token's rank
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -302,14 +302,14 @@ class MaskedAutoencoder(nn.Module):
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)
         visible, hidden = order[:, :tokens - masked], order[:, tokens - masked:]  # (B, V), (B, M)
 
-        # Eq. (1), as a selection instead of a product with zeros: masked tokens never enter the encoder.
+        # Eq. (1): X_m = X * M, as a selection instead of a product with zeros: masked tokens never enter the encoder.
         z = self.encoder.encode(take(patches, visible), take(self.encoder.positions, visible))  # (B, V, d)
         z = self.encoder_to_decoder(z)
         z = torch.cat([z, self.mask_token.expand(batch, masked, -1).to(z.dtype)], dim=1)
         pred = self.decoder(z + take(self.decoder_positions, order), masked)  # (B, M, P)
-        # Eq. (2), in fp32: the mean over a token's values, then over the masked tokens of the batch. As printed it
-        # divides by sum(M), but with M = 1 for visible in Eq. (1) that would divide the error of the masked tokens
-        # by the number of visible ones; every implementation divides by the number of masked tokens.
+        # Eq. (2): L = sum((1 - M) * (X^ - X)^2) / sum(M), in fp32: the mean over a token's values, then over the masked
+        # tokens of the batch. As printed it divides by sum(M), but with M = 1 for visible in Eq. (1) that would divide
+        # the error of the masked tokens by the number of visible ones; here, as released, by that of masked ones.
         loss = F.mse_loss(at_least_fp32(pred), normalised_target(take(patches, hidden))[0])
         return loss, pred, mask
 
@@ -332,7 +332,7 @@ def normalised_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 # ----------------------------------------------------------------- stage 2: mixture of adapter experts, Section III-D
 
 class NoisyTopKGate(nn.Module):
-    """Which k of n experts see a token, and with what weight. sigma: None = learned per token and expert."""
+    """Which k of n experts see a token, with what weight. sigma: None = computed from the token, for each expert."""
 
     def __init__(self, width: int, experts: int, k: int, sigma: float | None = None):
         super().__init__()
@@ -346,15 +346,15 @@ class NoisyTopKGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d) -> gates (..., n): k positive entries that sum to 1, the others exactly 0."""
-        # Eq. (4), whose softmax is taken below over the k chosen experts only (over all of them if k = n).
+        # Eq. (4): G(x) = Softmax(x W_g), whose softmax is taken below, over the k chosen experts only.
         logits = at_least_fp32(self.topkroute_linear(x))                    # (..., n)
         if self.training:
             # The paper gives no sigma; learned as in Shazeer et al. 2017, and without noise in evaluation.
             sigma = self.sigma if self.noise_linear is None else F.softplus(at_least_fp32(self.noise_linear(x)))
-            # Eq. (5)
+            # Eq. (5): H(x) = x W_g + epsilon, of standard deviation sigma
             logits = logits + sigma * torch.randn_like(logits)
         top, chosen = logits.topk(self.k, dim=-1)                           # (..., k)
-        # Eq. (6)
+        # Eq. (6): G(x) = Softmax(Top-K(H(x), k))
         return torch.full_like(logits, -torch.inf).scatter(-1, chosen, top).softmax(dim=-1)
 
 
@@ -368,7 +368,7 @@ class Adapter(nn.Module):
         self.fc2 = nn.Linear(adapter_width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Eq. (8)
+        # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2
         return (x if self.residual else 0) + self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -386,15 +386,16 @@ class MoE(nn.Module):
     @torch.compiler.disable                 # how many tokens an expert gets differs in every step
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = in_autocast_precision(x)        # once, not in every expert
-        gates, chosen = self.router(x).flatten(0, 1).topk(self.router.k)    # G_i > 0 and their i, (B N, k)
-        order = chosen.flatten().argsort()                                  # a token's k copies, expert by expert
+        gates, chosen = self.router(x).flatten(0, 1).topk(self.router.k)    # the nonzero G_i and their i, (B N, k)
+        order = chosen.flatten().argsort()                                  # the B N k choices, expert by expert
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        tokens = x.flatten(0, 1).index_select(0, order // self.router.k).split(counts)  # each expert's own
-        # Filled up to a multiple of 64: a CPU's bf16 kernels are made anew for every number of rows.
+        tokens = x.flatten(0, 1).index_select(0, order // self.router.k).split(counts)  # each expert's, in one piece
+        # Filled up to a multiple of 64: a CPU's bf16 kernels are made anew for every number of rows. An expert that no
+        # token chose computes on none: its weights get a gradient, of 0, which DDP waits for.
         outputs = torch.cat([expert(F.pad(own, (0, 0, 0, -len(own) % 64)))[:len(own)]
                              for expert, own in zip(self.experts, tokens)])
-        outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (B N, k, d)
-        # Eq. (7), and with adapters as experts Eq. (9)
+        outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # token by token, (B N, k, d)
+        # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x); Eq. (9) is the same with E_i = Adapter_i, MoAE
         return torch.einsum("tk,tkd->td", gates.to(outputs.dtype), outputs).view_as(x)
 
 

@@ -54,7 +54,7 @@ def settings() -> argparse.ArgumentParser:
                    help="videos, or none")
     p.add_argument("--image-dataset", type=dataset_name("image", others=("none", "frames")),
                    help="images; frames = one of each video; or none (affectnet-8, or synthetic-images)")
-    p.add_argument("--epochs", type=int, default=100, help="passes over the data")
+    p.add_argument("--epochs", type=int, default=100, help="each draws as many samples as the data have")
     p.add_argument("--batch-size", type=int, default=384, help="images or clips of one optimiser step, all processes")
     p.add_argument("--lr", type=float, default=1.6e-3, help="base learning rate, for 512 samples a step")
     p.add_argument("--warmup", type=float, default=0.05, help="share of all steps in which the learning rate rises")
@@ -62,7 +62,8 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--video-mask-ratio", type=float, default=MASK_RATIO["video"], help="of a clip's tokens")
     p.add_argument("--image-mask-ratio", type=float, default=MASK_RATIO["image"], help="of an image's tokens")
     p.add_argument("--image-share", type=float, default=1.0, help="share of the images that an epoch sees")
-    p.add_argument("--repeats", type=int, default=4, help="differently cropped samples of each decoded clip")
+    p.add_argument("--repeats", type=int, default=4, help="crops of each clip that is read, so that an epoch reads "
+                   "one clip in so many")
     return p
 
 
