@@ -10,7 +10,7 @@ micro-batches of one source each. The last part draws the synthetic faces that s
     python data.py list --dataset voxceleb2           lists the files of a set without split files anew
     python data.py synthetic                          writes the synthetic faces, as training does on first use
 
-B batch    T frames of a clip    H x W pixels    n frames of a whole video    v views of one sample
+B batch    T frames of a clip    H x W pixels    n samples, or frames of a whole video    v views of one sample
 """
 import argparse
 import csv
@@ -130,7 +130,7 @@ def catalogue(name: str) -> DataSet:
     """The data set of that name, or one's own: "train.csv,test.csv" or "train.csv". DataError if there is none."""
     if name in CATALOGUE:
         return CATALOGUE[name]
-    if not is_own(name):
+    if not name.endswith(".csv"):
         raise DataError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or train.csv,test.csv")
     files = [os.path.abspath(file) for file in name.split(",")]
     rows = {file: read_list(Path(file)) for file in files}
@@ -148,10 +148,6 @@ def catalogue(name: str) -> DataSet:
 
 def is_synthetic(name: str) -> bool:
     return name in CATALOGUE and name.startswith("synthetic")
-
-
-def is_own(name: str) -> bool:
-    return name.endswith(".csv")
 
 
 def short_name(name: str) -> str:
@@ -260,8 +256,8 @@ def read_list(path: Path) -> list[Row]:
             raise DataError(f"{path}, line {line}: {lines[line - 1].strip()!r}: expected {' and '.join(columns)}"
                             f"{f' in a line of {width} columns' if path.suffix == '.csv' else ''}")
         row = Row(line, **{column: fields[i] for column, i in columns.items()})
-        if row.name.startswith("/") or ".." in row.name.split("/"):
-            raise DataError(f"{path}, line {line}: {row.name!r} leads out of the data folder: expected a path below it")
+        if row.name.startswith("/") or ".." in row.name.split("/") or "\0" in row.name:
+            raise DataError(f"{path}, line {line}: {row.name!r} is no path below the data folder")
         rows.append(row)
     return rows
 
@@ -365,7 +361,8 @@ def file_list(root: Path, pattern: str, anew: bool = False) -> tuple[np.ndarray,
     path = root / FILE_LIST
     listed = path.read_bytes().splitlines() if path.is_file() and not anew else []
     if listed:
-        return np.array(listed), f"{path}: {len(listed)} files, as listed then (anew: python data.py list)"
+        return np.array(listed), (f"{path}: {len(listed)} files, as listed then (anew: python data.py list --dataset "
+                                  "NAME)")
     names = scan(root, pattern)
     if not names:
         raise DataError(f"{root} holds no file {pattern}")
@@ -414,7 +411,7 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
         return Samples(name, dataset, root, names, np.full(len(names), -1), stride, (note,)), np.ones(len(names), bool)
 
     path = split_file(name, data_root, split, fold)
-    if is_own(name):
+    if name not in CATALOGUE:
         folder, rows = os.path.relpath(path.parent, root), read_list(path)
         (labels, note), notes = own_labels(rows, dataset, path), []
         rows = [row._replace(name=os.path.normpath(os.path.join(folder, row.name))) for row in rows]
@@ -434,7 +431,7 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
     people = [row.person for row in rows] if rows[0].person else (
         [name.split("/")[0] for name in names] if dataset.person_folders else None)
     return Samples(name, dataset, root, np.array([os.fsencode(n) for n in names]), labels, stride, (note, *notes),
-                   people and np.array([person.encode() for person in people])), there
+                   people and np.array([person.encode() for person in people]), fold), there
 
 
 def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: int | None = None) -> Samples:
@@ -479,7 +476,7 @@ def read_image(path: Path) -> torch.Tensor:
                 image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
             rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
             return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:              # Pillow's parsers also raise struct.error, KeyError, TypeError and others
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -513,7 +510,7 @@ def read_folder(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]
 def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
     """The frame numbers chosen and those frames, uint8 (3, H, W), of a video file."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:  # FFmpeg takes a:b.mp4 for a URL
             if not container.streams.video:
                 raise DataError(f"{path} has no video stream")
             stream = container.streams.video[0]
@@ -538,9 +535,10 @@ def read_video(path: Path, choose) -> tuple[list[int], dict[int, torch.Tensor]]:
                 frames = decode(stream.codec_context, packets, set(wanted), number)
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path} cannot be decoded: {error}") from error
-    if not wanted or len(frames) < len(set(wanted)):
-        raise DataError(f"{path} is truncated: of {len(times)} frames "
-                        f"{sorted(set(wanted) - frames.keys())[:1] or 'none'} cannot be decoded")
+    missing = set(wanted) - frames.keys()
+    if missing or not wanted:
+        reason = f"frame {min(missing)} of {len(times)} cannot be decoded" if missing else "it has no frames"
+        raise DataError(f"{path} is truncated: {reason}")
     return wanted, frames
 
 
@@ -880,12 +878,6 @@ rafdb test 1 - 329 74 160 1185 478 162 680
 """
 
 
-def published(name: str, split: str, fold: int) -> list[tuple[str, list[int]]]:
-    """Digest and samples per class of each published version of a split."""
-    rows = [line.split() for line in PUBLISHED.strip().splitlines()]
-    return [(row[3], [int(count) for count in row[4:]]) for row in rows if row[:3] == [name, split, str(fold)]]
-
-
 def list_digest(names: list[str], labels: np.ndarray) -> str:
     """16 hexadecimal digits of names and labels from 0, whatever the order, leading zeros and suffixes of videos."""
     names = [name.removesuffix(".mp4").removesuffix(".avi").zfill(5) for name in names]
@@ -901,12 +893,9 @@ class Inspection(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int):
         path, counted = self.samples.path(index), []
-
-        def choose(n: int) -> list[int]:
-            counted.append(n)
-            return test_frames(n, SIZES["base"].frames, self.samples.stride)
         try:
-            pixels = read_image(path)[None] if self.samples.dataset.modality == "image" else read_clip(path, choose)
+            pixels = read_image(path)[None] if self.samples.dataset.modality == "image" else read_clip(
+                path, lambda n: counted.append(n) or test_frames(n, SIZES["base"].frames, self.samples.stride))
         except DataError as error:
             return index, 0, 0, 0, 0, str(error)
         content = hashlib.blake2b(repr(pixels.shape).encode() + pixels.numpy().tobytes(), digest_size=8).digest()
@@ -935,7 +924,8 @@ def check_lists(splits: dict[str, Samples], title: str, fold: int) -> list[str]:
     wrong, columns = [], [["", *next(iter(splits.values())).dataset.classes, "in all"]]
     for split, samples in splits.items():
         print(f"{title}{split}", *samples.notes, sep="\n  ")
-        versions = published(samples.name, split, fold)
+        rows = map(str.split, PUBLISHED.strip().splitlines())
+        versions = [(row[3], list(map(int, row[4:]))) for row in rows if row[:3] == [samples.name, split, str(fold)]]
         counts = samples.counts() if samples.dataset.classes else []
         for head, each in [(split, counts), *(("published", each) for _, each in versions)]:
             columns.append([head, *(f"{count:,}" for count in [*each, sum(each) or len(samples)])])
@@ -1026,7 +1016,7 @@ def show(name: str, data_root: Path, fold: int = 1, stride: int | None = None, m
          seed: int = 0) -> Image.Image:
     """A contact sheet of one batch as training gets it: 8 clips as rows of frames, or images, a row for each class.
 
-    masked: as stage 1 gets it (always, where there are no classes), with the masked patches grey.
+    masked: as stage 1 gets it, with the masked patches grey. Without classes: as stage 1 gets it in any case.
     """
     samples, synthetic = load_samples(name, data_root, "train", fold, stride), is_synthetic(name)
     classes, kind, size = samples.dataset.classes, samples.dataset.modality, SIZES["tiny" if synthetic else "base"]
@@ -1316,17 +1306,14 @@ class FaceFile(NamedTuple):
 def plan_files(root: Path, seed: int, scale: float) -> list[FaceFile]:
     """All images and videos.  A person of a labelled pool shows each expression once."""
     train, test, clip, unlabelled = (max(1, round(scale * people)) for people in (300, 50, 16, 400))
-    images = root / "AffectNet" / "Manually_Annotated_Images"
-    files = []
-    for kind, people in ((TRAIN_IMAGE, train), (TEST_IMAGE, test), (CLIP, FOLDS * clip), (UNLABELLED, unlabelled)):
-        per_person = VIDEOS_PER_PERSON if kind == UNLABELLED else 7
-        for index in range(people * per_person):
-            person = index // per_person
-            path = (images / f"{person + 1}" / f"{index:06d}.jpg",
-                    images / f"{train + person + 1}" / f"{index:06d}.jpg",
-                    root / "DFEW" / "clip_jpg_256" / f"{index + 1:05d}.mp4",
-                    root / "VoxCeleb2" / f"id{person + 1:05d}" / f"synth{index:06d}" / "00001.mp4")[kind]
-            files.append(FaceFile(path, seed, kind, index, person, DFEW_LABELS[index % 7]))
+    image, files = "AffectNet/Manually_Annotated_Images/{folder}/{index:06d}.jpg", []
+    for kind, people, each, name, first in (
+            (TRAIN_IMAGE, train, 7, image, 1), (TEST_IMAGE, test, 7, image, train + 1),
+            (CLIP, FOLDS * clip, 7, "DFEW/clip_jpg_256/{number:05d}.mp4", 1),
+            (UNLABELLED, unlabelled, VIDEOS_PER_PERSON, "VoxCeleb2/id{folder:05d}/synth{index:06d}/00001.mp4", 1)):
+        for index in range(people * each):
+            path = root / name.format(folder=first + index // each, index=index, number=index + 1)
+            files.append(FaceFile(path, seed, kind, index, index // each, DFEW_LABELS[index % 7]))
     return files
 
 
@@ -1377,21 +1364,6 @@ def write_labels(root: Path, files: list[FaceFile]) -> None:
             (folder / f"{split}_set_{fold + 1}.csv").write_text("\n".join(["video_name,label", *lines]) + "\n")
 
 
-def make_synthetic(root: Path, seed: int, scale: float, workers: int) -> None:
-    """Write synthetic AffectNet, DFEW and VoxCeleb2 below `root`; the same files whatever `workers` is.
-
-    Scale 1 means 2,100 + 350 labelled images, 560 labelled clips in five folds and 1,600 unlabelled videos.
-    """
-    files = plan_files(root, seed, scale)
-    for folder in {file.path.parent for file in files}:
-        folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")  # "spawn" would import torch once more in every worker
-    with ProcessPoolExecutor(workers, context) as pool:
-        for _ in tqdm(pool.map(write_file, files, chunksize=8), total=len(files), desc="synthetic faces"):
-            pass
-    write_labels(root, files)
-
-
 def ensure_synthetic(names: list[str], data_root: Path, run=None) -> None:
     """Make the synthetic faces on first use, if one of the data sets is synthetic: by the first process only."""
     root = Path(data_root) / "synthetic"
@@ -1402,13 +1374,23 @@ def ensure_synthetic(names: list[str], data_root: Path, run=None) -> None:
 
 
 def write_synthetic(root: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """make_synthetic into a temporary folder, renamed when complete. DataError if `root` is there already."""
+    """Write synthetic AffectNet, DFEW and VoxCeleb2 into a temporary folder, renamed to `root` when complete.
+
+    Scale 1 means 2,100 + 350 labelled images, 560 labelled clips in five folds and 1,600 unlabelled videos. DataError
+    if `root` is there already.
+    """
     if root.exists():
         raise DataError(f"{root} exists: delete it to write it anew")
     temporary = root.with_name(f"{root.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    make_synthetic(temporary, seed, scale, os.cpu_count() or 1)
+    files = plan_files(temporary, seed, scale)
+    for folder in {file.path.parent for file in files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("fork")  # "spawn" would import torch once more in every worker
+    with ProcessPoolExecutor(mp_context=context) as pool:
+        for _ in tqdm(pool.map(write_file, files, chunksize=8), total=len(files), desc="synthetic faces"):
+            pass
+    write_labels(temporary, files)
     temporary.rename(root)
 
 

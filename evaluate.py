@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import (CATALOGUE, FONT, IMAGE_SUFFIXES, OWN_DATA_STRIDE, DataError, DataSet, Samples, TestData, catalogue,
-                  contact_sheet, dataset_name, ensure_synthetic, fixed_crop, is_own, load_samples, loader, natural,
+                  contact_sheet, dataset_name, ensure_synthetic, fixed_crop, load_samples, loader, natural,
                   read_clip, read_image, short_name, text_width, to_float)
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, CheckpointError, MaskedAutoencoder, Size, at_least_fp32,
                    normalised_target, patchify, read_checkpoint, rebuild, same_classes, unnamed)
@@ -142,26 +142,19 @@ def metrics(confusion: np.ndarray) -> dict:
                 confusion=confusion.tolist(), by_row=listed(confusion / np.where(support, support, np.nan)[:, None]))
 
 
-def check_classes(model: S4D, samples: Samples) -> None:
-    """DataError if there are no samples, or their classes are not those of the model's head."""
-    source, classes = samples.dataset.modality, list(samples.dataset.classes)
-    if not same_classes(model.architecture[f"{source}_classes"], classes):
-        raise DataError(f"the checkpoint's {source} head knows {model.architecture[f'{source}_classes']}, but "
-                        f"{samples.name} has {classes}")
-    if not len(samples):
-        raise DataError(f"{samples.name} has no samples to evaluate")
-
-
 def scores_of(samples: Samples, probabilities: np.ndarray) -> dict:
     """Metrics of the most probable class, the first of several equal ones."""
     return metrics(confusion_matrix(samples.labels, probabilities.argmax(1), len(samples.dataset.classes)))
 
 
-def evaluate(model: S4D, samples: Samples, run: Run, workers: int) -> dict:
-    """Metrics of the samples' own head. DataError if its classes are not those of the data set."""
-    check_classes(model, samples)
-    observed = observe(model, TestData(samples, model.size), run, workers)
-    return scores_of(samples, observed.probabilities[samples.dataset.modality])
+def evaluate(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> tuple[dict, Observed]:
+    """Metrics of the samples' own head, and the pass that they are from. DataError if its classes are not theirs."""
+    source, classes = samples.dataset.modality, list(samples.dataset.classes)
+    if not same_classes(model.architecture[f"{source}_classes"], classes):
+        raise DataError(f"the checkpoint's {source} head knows {model.architecture[f'{source}_classes']}, but "
+                        f"{samples.name} has {classes}")
+    observed = observe(model, TestData(samples, model.size), run, workers, batch)
+    return scores_of(samples, observed.probabilities[source]), observed
 
 
 def table(scores: dict, classes: tuple[str, ...]) -> str:
@@ -652,14 +645,14 @@ class Report:
             writer.writerow(["sample", "label", "prediction", *classes])
             writer.writerows([*pair, classes[row.argmax()], *(f"{p:.6f}" for p in row)]
                              for pair, row in zip(labelled, probabilities))
-        self.lines += [f"[{name}]({name})"]
+        self.lines += [f"[{name}](<{name}>)"]
 
     def scores(self, args, title: str, folds: list[Samples], probabilities: np.ndarray, scores: dict,
                number: str = "") -> None:
         """A data set's scores in every form."""
         name, dataset = folds[0].name, folds[0].dataset
         # A train.csv of own clips and one of own images have the same short name.
-        file = short_name(name) + (f"-{dataset.modality}s" if is_own(name) else "") + number
+        file = short_name(name) + (f"-{dataset.modality}s" if name not in CATALOGUE else "") + number
         self.results[name + number] = scores
         self.say(title, table(scores, dataset.classes))
         self.predictions(f"predictions-{file}.csv", folds, probabilities)
@@ -704,9 +697,7 @@ def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: s
     were trained on."""
     settings = checkpoint.get("settings", {})
     samples = load_samples(name, args.data_root, "test", fold, settings.get("stride"))
-    source = samples.dataset.modality
-    check_classes(model, samples)
-    recorded = checkpoint.get("data", {}).get("test", {}).get(source, {})
+    recorded = checkpoint.get("data", {}).get("test", {}).get(samples.dataset.modality, {})
     same = (recorded.get("name"), recorded.get("fold")) == (name, fold)
     # With --validation, what training tested on is a part of its own fold.
     if same and not settings.get("validation") and recorded["fingerprint"] != samples.fingerprint():
@@ -714,8 +705,7 @@ def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: s
                     f"fingerprint {samples.fingerprint()}, recorded {recorded['fingerprint']}")
     if trained_on(checkpoint, samples):
         report.warn(f"{path} was trained on {trained_on(checkpoint, samples)} of the {len(samples)} test samples")
-    observed = observe(model, TestData(samples, model.size), run, args.workers, args.batch_size)
-    scores = scores_of(samples, observed.probabilities[source])
+    scores, observed = evaluate(model, samples, run, args.workers, args.batch_size)
     return samples, observed, dict(scores, fold=fold, samples=len(samples), checkpoint=str(path))
 
 
@@ -903,7 +893,8 @@ def main() -> None:
     elif checkpoint["stage"] == "pretrain" and args.report and len(paths) == 1 and not args.media:
         report_reconstructions(args, run, paths[0], checkpoint, report)
     else:
-        report_checkpoints(args, run, {path: read_checkpoint(path) for path in paths}, report)
+        report_checkpoints(args, run, {paths[0]: checkpoint} | {path: read_checkpoint(path) for path in paths[1:]},
+                           report)
     report.close()
 
 

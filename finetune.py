@@ -102,7 +102,10 @@ def main() -> None:
                    residual=not args.no_residual, expert=args.expert)
     given = folder.saved                    # a run that goes on no longer needs the file that it started from
     if given is None and args.pretrained != "none":
-        given = read_checkpoint(find(args.pretrained))
+        if not Path(args.pretrained).is_file():
+            raise CheckpointError(f"there is no stage-1 checkpoint {args.pretrained}: run pretrain.py first, or give "
+                                  "--pretrained FILE, or --pretrained none to train from scratch")
+        given = read_checkpoint(args.pretrained)
     if given and given["stage"] == "finetune":
         experts = {name: given["architecture"][name] for name in EXPERT_SETTINGS if name in given["architecture"]}
     model = S4D(args.size, *classes, **experts).to(run.device)
@@ -113,6 +116,7 @@ def main() -> None:
         loaded = initialise(model, given, args.pretrained)
         if given["stage"] == "finetune":
             loaded += f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
+    del given                               # its weights and moments, which would stay in memory while training
     lr = args.lr * args.batch_size / 32
     depth = model.size.depth
     optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay,
@@ -124,7 +128,7 @@ def main() -> None:
     rate = Rate(lr, int(args.warmup_epochs * per_epoch), args.epochs * per_epoch, first=1.25e-7, end=1.25e-7)
 
     def end_of_epoch(epoch: int) -> dict:
-        scores = {name: evaluate(model, samples, run, args.workers) for name, samples in (validation or test).items()}
+        scores = {name: evaluate(model, part, run, args.workers)[0] for name, part in (validation or test).items()}
         return {"score": scores["video" if "video" in scores else "image"]["war"],
                 "validation" if validation else "test": scores, "gates": module.gates.summary(run)}
 
@@ -153,13 +157,6 @@ def load_sources(args, run) -> tuple[dict, dict, dict]:
         sources[name] = Source(samples, batch, -(-micro * batch // args.batch_size),
                                share=args.image_share if name == "image" else 1.0, balanced=name == "image")
     return sources, validation, test
-
-
-def find(pretrained: str) -> str:
-    if not Path(pretrained).is_file():
-        raise CheckpointError(f"there is no stage-1 checkpoint {pretrained}: run pretrain.py first, or give "
-                              "--pretrained FILE, or --pretrained none to train from scratch")
-    return pretrained
 
 
 class JointLoss(nn.Module):
@@ -257,7 +254,7 @@ def report(run, args, test: dict, chosen_by: str) -> None:
         checkpoint = read_checkpoint(path)
         epoch, model = checkpoint["progress"]["epoch"], rebuild(checkpoint, path).to(run.device)
         for samples in test.values():
-            scores = evaluate(model, samples, run, args.workers)
+            scores, _ = evaluate(model, samples, run, args.workers)
             if run.main:
                 print(f"\n{samples.name}, {len(samples)} test samples, {path}: epoch {epoch}, {title}\n"
                       f"{table(scores, samples.dataset.classes)}")

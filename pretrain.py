@@ -79,7 +79,7 @@ def common_settings(description: str, tiny: dict, systems: str) -> argparse.Argu
     p.add_argument("--size", choices=list(SIZES), help="of the model (base, or tiny on synthetic faces)")
     p.add_argument("--micro-batch", type=int, help="samples (in stage 2 clips, and images in proportion) that one "
                    "process computes at once; a batch is gathered from as many as it takes (half a batch)")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     p.add_argument("--workers", type=int, default=default_workers(), help="loading processes per process")
     p.add_argument("--clip-grad", type=float, help="clip the gradient to this norm (no clipping)")
     p.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"],
@@ -132,7 +132,7 @@ def main() -> None:
     run = start(args.size)
     args.output = args.output or Path("runs") / f"pretrain-{short_name(args.dataset)}"
     args.videos = {"synthetic": "synthetic-unlabelled"}.get(args.dataset, args.dataset)
-    args.images = args.image_dataset or ("synthetic-images" if args.dataset == "synthetic" else "affectnet-8")
+    args.images = args.image_dataset or ("synthetic-images" if is_synthetic(args.dataset) else "affectnet-8")
     sources = load_sources(args, run)
     folder = RunFolder(args, "pretrain", sources)
 
@@ -202,6 +202,7 @@ def train(run, args, folder, model, module, optimizer, rate, schedule, data, end
     schedule.start = progress["epoch"], progress["step"]
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
     if args.compile:                        # the layers, which are most of the work, and of few shapes
+        torch._dynamo.config.optimize_ddp = False  # would cut layers where DDP's buckets end: they are pieces enough
         for layer in (part for part in model.modules() if isinstance(part, Layer)):
             layer.compile(backend=args.compile)
     wrapped = DistributedDataParallel(module) if run.world > 1 else module
@@ -223,7 +224,8 @@ def train(run, args, folder, model, module, optimizer, rate, schedule, data, end
                 step = epoch * per_epoch + progress["step"]
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step) * group.get("scale", 1.0)
-                done = optimise(run, wrapped, batches, optimizer, unreadable, step, args.clip_grad, folder.overdue())
+                done = optimise(run, wrapped, batches, optimizer, unreadable, step, args.clip_grad,
+                                run.main and folder.overdue())  # the first process writes, so its clock counts
                 progress["step"] += 1
                 progress["losses"].append((done.source, float(f"{done.loss:.6g}")))
                 progress["seconds"] += done.seconds
@@ -425,7 +427,8 @@ def start(size: str = "base") -> Run:
         # A prefix of its own for every restart: torchrun's store still holds the addresses of those who died.
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                device_id=device if device.type == "cuda" else None)
     run = Run(rank, world, device, precision(device))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.receive)
@@ -471,11 +474,6 @@ def guarded(main) -> None:
 FREE_TO_CHANGE = {"output", "resume", "workers", "data_root", "save_minutes", "compile"}
 
 
-def plain(args) -> dict:
-    """Settings as text and numbers, for the checkpoint."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
 def new_epoch() -> dict:
     """What an epoch adds up while it runs, and a checkpoint within it keeps."""
     return dict(step=0, losses=[], seconds=0.0, data_seconds=0.0, tallies={})
@@ -489,7 +487,8 @@ class RunFolder:
     """
 
     def __init__(self, args, stage: str, sources: dict[str, Source], test: dict[str, Samples] | None = None):
-        self.path, self.stage, self.settings = args.output, stage, plain(args)
+        self.path, self.stage = args.output, stage
+        self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         self.data = dict(train={name: source.samples.identity(digests=stage == "finetune")
                                 for name, source in sources.items()},
                          test={name: samples.identity() for name, samples in (test or {}).items()})
@@ -586,7 +585,8 @@ def made_by() -> dict:
     """What a checkpoint's numbers may depend on beside settings and data."""
     return dict(command=shlex.join(sys.argv), python=platform.python_version(), torch=str(torch.__version__),
                 torchvision=torchvision.__version__, av=av.__version__, numpy=np.__version__,
-                processes=dist.get_world_size() if dist.is_initialized() else 1, machine=platform.platform())
+                processes=dist.get_world_size() if dist.is_initialized() else 1, machine=platform.platform(),
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager

@@ -194,11 +194,11 @@ def test_part_of_dfew_whose_labels_may_count_from_0_or_from_1(tmp_path):
         assert load_samples("dfew", tmp_path, "train").labels.tolist() == expected
 
 
-@pytest.mark.parametrize("line", ["../secret,0", "1/../../secret,0", "/etc/passwd,0"])
+@pytest.mark.parametrize("line", ["../secret,0", "1/../../secret,0", "/etc/passwd,0", "1/a\0b,0"])
 def test_no_list_leads_out_of_the_data_folder(tmp_path, line):
     split = write_set(tmp_path, "dfew", f"video_name,label\n00001,0\n{line}\n", ["00001"])
     message = error_of("dfew", tmp_path)
-    assert f"{split}, line 3" in message and line.split(",")[0] in message
+    assert f"{split}, line 3" in message and repr(line.split(",")[0]) in message
     split.write_text("video_name,label\n00001,0\n00002,1\n")  # a link that the user made is fine
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "DFEW/clip_jpg_256/00002").symlink_to(tmp_path / "elsewhere")
@@ -415,6 +415,18 @@ def test_a_truncated_video_is_an_error_that_names_it(tmp_path, options):
         (tmp_path / "cut.mp4").write_bytes(content[:cut])
         with pytest.raises(DataError, match="cut.mp4"):
             read_clip(tmp_path / "cut.mp4", lambda n: data.test_frames(n, 16, 1))
+
+
+def test_a_damaged_exif_block_is_an_error_that_names_the_image(tmp_path):
+    two_colours().save(tmp_path / "odd.webp", exif=b"Exif\0\0II\x2b\0\x08")
+    with pytest.raises(DataError, match="odd.webp cannot be read"):
+        read_image(tmp_path / "odd.webp")
+
+
+def test_a_video_whose_name_looks_like_a_protocol(tmp_path, monkeypatch):
+    write_video(tmp_path / "at10:30.mp4", np.zeros((20, 32, 32, 3), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    assert read_clip(Path("at10:30.mp4"), lambda n: data.test_frames(n, 16, 1)).shape == (32, 3, 32, 32)
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -782,6 +794,7 @@ def test_people_of_the_test_data_are_never_trained_on_and_folds_partition_the_cl
     for name, folds in (("synthetic", range(1, 6)), ("synthetic-images", [1])):
         for fold in folds:
             (train, training), (test, testing) = loaded(name, "train", fold), loaded(name, "test", fold)
+            assert train.identity()["fold"] == test.identity()["fold"] == fold
             assert not {person[path] for path in training} & {person[path] for path in testing}
             assert min(train.counts()) > 0 and min(test.counts()) > 0
             classes = [word.get(c, c) for c in train.dataset.classes]
