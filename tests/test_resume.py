@@ -228,6 +228,21 @@ def test_four_processes_do_what_one_does(monkeypatch, tmp_path, faces):
             assert share == pytest.approx(theirs["gates"][source]["2"]["share"], abs=0.01)
 
 
+def test_the_first_processes_clock_alone_says_when_to_save(tmp_path, faces):
+    """The others never write, so that to them a checkpoint is overdue for ever."""
+    (tmp_path / "late.py").write_text(f"""import os, sys
+sys.path.insert(0, {str(Path(pretrain.__file__).parent)!r})
+import pretrain
+save = pretrain.RunFolder.save
+pretrain.RunFolder.save = lambda *given: print("saving") or save(*given)
+pretrain.RunFolder.overdue = lambda self: os.environ["RANK"] == "1"
+pretrain.main()
+""")
+    text = run_command(tmp_path, tmp_path / "late.py", *STAGE_1[1:], "--data-root", faces, "--epochs", 1, "--output",
+                       tmp_path / "run", processes=2)
+    assert text.count("saving") == 2        # before and after the end of the epoch
+
+
 @pytest.mark.parametrize("script, command", [(pretrain, STAGE_1),
                                              (finetune, [*STAGE_2, "--mixing", 1, "--augment", "paper"])])
 def test_the_number_of_loading_workers_changes_nothing(monkeypatch, tmp_path, faces, script, command):
