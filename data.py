@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import struct
 import signal
 import threading
 from collections import Counter
@@ -476,7 +477,8 @@ def read_image(path: Path) -> torch.Tensor:
                 image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
             rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
             return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    except Exception as error:              # Pillow's parsers also raise struct.error, KeyError, TypeError and others
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error,
+            Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from error
 
 

@@ -42,10 +42,9 @@ def losses(folder: Path) -> list:
 
 # ---------------------------------------------------------------------------------------------------------- killed
 
-@pytest.mark.parametrize("script, length, kills, more", [("pretrain.py", 6, 2, ()),
-                                                         ("finetune.py", 8, 1, ("--pretrained", "none"))])
-def test_runs_that_are_killed_end_as_if_they_were_not(tmp_path, faces, script, length, kills, more):
-    assert "equal bit for bit" in endure(tmp_path, faces, script, length, kills, 1, 0, *more)
+def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, faces):
+    """python tests/endure.py does it 30 times, in both stages."""
+    assert "equal bit for bit" in endure(tmp_path, faces, "finetune.py", 8, 1, 1, 0, "--pretrained", "none")
 
 
 @pytest.fixture(scope="module")
