@@ -21,8 +21,8 @@ import multiprocessing
 import os
 import re
 import shutil
-import struct
 import signal
+import struct
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
