@@ -201,10 +201,8 @@ def train(run, args, folder, model, module, optimizer, rate, schedule, data, end
     per_epoch = rate.steps // args.epochs
     schedule.start = progress["epoch"], progress["step"]
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
-    if args.compile:                        # the layers, which are most of the work, and of few shapes
-        torch._dynamo.config.optimize_ddp = False  # would cut layers where DDP's buckets end: they are pieces enough
-        for layer in (part for part in model.modules() if isinstance(part, Layer)):
-            layer.compile(backend=args.compile)
+    if args.compile:
+        compile_layers(model, args.compile)
     wrapped = DistributedDataParallel(module) if run.world > 1 else module
     unreadable = Unreadable(data.sources, progress["unreadable"])
 
@@ -433,6 +431,13 @@ def start(size: str = "base") -> Run:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.receive)
     return run
+
+
+def compile_layers(model: nn.Module, backend: str) -> None:
+    """torch.compile each layer by itself: together they are most of the work, and of few shapes."""
+    torch._dynamo.config.optimize_ddp = False  # would cut layers where DDP's buckets end: they are pieces enough
+    for layer in (part for part in model.modules() if isinstance(part, Layer)):
+        layer.compile(backend=backend)
 
 
 def keep_freed_memory() -> None:

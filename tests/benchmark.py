@@ -43,9 +43,8 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402  (needs the path above)
 from evaluate import FONT, LINE, text_width, titled  # noqa: E402
 from finetune import JointLoss  # noqa: E402
-from model import (MASK_RATIO, S4D, SIZES, Adapter, Layer, MaskedAutoencoder, MoE, modality,  # noqa: E402
-                   random_mask)
-from pretrain import ReconstructionLoss, decayed, keep_freed_memory  # noqa: E402
+from model import MASK_RATIO, S4D, SIZES, Adapter, MaskedAutoencoder, MoE, modality, random_mask  # noqa: E402
+from pretrain import ReconstructionLoss, compile_layers, decayed, keep_freed_memory  # noqa: E402
 
 try:
     import decord
@@ -149,8 +148,7 @@ def make_step(losses, step: str, precision: str, samples: int, size: str = "base
     torch.manual_seed(0)
     model, loss = losses(step, random_batch(step, samples, SIZES[size], device), size, experts)
     if compiled:
-        for layer in (part for part in model.modules() if isinstance(part, Layer)):
-            layer.compile()
+        compile_layers(model, "inductor")
     optimizer = torch.optim.AdamW(decayed(model.named_parameters(), 0.05), 1e-5, fused=True)
 
     def run(turn: int) -> None:
