@@ -202,7 +202,8 @@ class Samples:
     def identity(self, digests: bool = False) -> dict:
         """What a checkpoint says of the data that it was trained or tested on."""
         names = {"digests": torch.from_numpy(self.digests())} if digests else {}
-        return dict(name=self.name, fold=self.fold, samples=len(self), fingerprint=self.fingerprint(), **names)
+        return dict(name=self.name, fold=self.fold, stride=self.stride, samples=len(self),
+                    fingerprint=self.fingerprint(), **names)
 
     def digests(self) -> np.ndarray:
         """(n,) int64, sorted: a hash of each name, by which a checkpoint remembers what it was trained on."""
@@ -210,8 +211,9 @@ class Samples:
         return np.sort(np.frombuffer(b"".join(hashes), np.int64))
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of all names and labels in their order: the same data give the same ones."""
-        text = b"\n".join(b"%s,%d" % pair for pair in zip(self.names.tolist(), self.labels.tolist()))
+        """16 hexadecimal digits of the stride and all names and labels in their order: the same data give the same."""
+        rows = zip(self.names.tolist(), self.labels.tolist())
+        text = b"\n".join([b"%d" % self.stride, *(b"%s,%d" % row for row in rows)])
         return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
@@ -376,24 +378,23 @@ def file_list(root: Path, pattern: str, anew: bool = False) -> tuple[np.ndarray,
     return np.array(names), f"{path}: {len(names)} files listed now"
 
 
-def media_folder(name: str, data_root: Path, fold: int = 1) -> tuple[Path, int]:
+def media_folder(name: str, dataset: DataSet, data_root: Path, fold: int = 1) -> tuple[Path, int]:
     """The first of the data set's folders that is there, and its stride. DataError if there is none."""
-    for path, stride in catalogue(name).media:
+    for path, stride in dataset.media:
         if (data_root / path).is_dir():
             return data_root / path, stride
-    raise DataError(missing_message(name, data_root, fold, "none of its media folders is there"))
+    raise DataError(missing_message(name, dataset, data_root, fold, "none of its media folders is there"))
 
 
-def split_file(name: str, data_root: Path, split: str, fold: int) -> Path:
+def split_file(name: str, dataset: DataSet, data_root: Path, split: str, fold: int) -> Path:
     """The first of the split's files that is there. DataError if there is none."""
-    dataset = catalogue(name)
     files = [data_root / path.format(fold=fold) for path in getattr(dataset, split)]
     if not files:
         raise DataError(f"{name} has no {split} file: expected train.csv,test.csv")
     for file in files:
         if file.is_file():
             return file
-    raise DataError(missing_message(name, data_root, fold, f"{files[0]} is not there"))
+    raise DataError(missing_message(name, dataset, data_root, fold, f"{files[0]} is not there"))
 
 
 def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
@@ -405,13 +406,13 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
         raise DataError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
     if stride is not None and stride < 1:
         raise DataError(f"stride {stride}: expected 1 or more")
-    root, usual = media_folder(name, data_root, fold)
+    root, usual = media_folder(name, dataset, data_root, fold)
     stride = stride or usual
     if not dataset.train:
         names, note = file_list(root, dataset.pattern)
         return Samples(name, dataset, root, names, np.full(len(names), -1), stride, (note,)), np.ones(len(names), bool)
 
-    path = split_file(name, data_root, split, fold)
+    path = split_file(name, dataset, data_root, split, fold)
     if name not in CATALOGUE:
         folder, rows = os.path.relpath(path.parent, root), read_list(path)
         (labels, note), notes = own_labels(rows, dataset, path), []
@@ -442,8 +443,8 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
     if there.all():
         return samples
     forms = " as a folder of frames, .mp4 or .avi" if samples.dataset.modality == "video" else ""
-    raise DataError(f"{split_file(name, Path(data_root), split, fold)}: of {len(samples)} samples, not in "
-                    f"{samples.root}{forms}: {few(samples.names[~there])}")
+    raise DataError(f"{split_file(name, samples.dataset, Path(data_root), split, fold)}: of {len(samples)} samples, "
+                    f"not in {samples.root}{forms}: {few(samples.names[~there])}")
 
 
 def few(items) -> str:
@@ -452,8 +453,7 @@ def few(items) -> str:
     return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
 
 
-def missing_message(name: str, data_root: Path, fold: int, reason: str) -> str:
-    dataset = catalogue(name)
+def missing_message(name: str, dataset: DataSet, data_root: Path, fold: int, reason: str) -> str:
     wanted = [f"  {data_root / path}/{dataset.pattern}" for path, _ in dataset.media]
     wanted += ["  " + " or ".join(str(data_root / path.format(fold=fold)) for path in files)
                for files in (dataset.train, dataset.test) if files]
@@ -1431,10 +1431,11 @@ def main() -> None:
             return write_synthetic(args.data_root / "synthetic", args.seed, args.scale)
         ensure_synthetic([args.dataset], args.data_root)
         if args.command == "list":
-            if catalogue(args.dataset).train:
+            dataset = catalogue(args.dataset)
+            if dataset.train:
                 raise DataError(f"{args.dataset} has split files: there is nothing to list")
-            root, _ = media_folder(args.dataset, args.data_root)
-            print(file_list(root, catalogue(args.dataset).pattern, anew=True)[1])
+            root, _ = media_folder(args.dataset, dataset, args.data_root)
+            print(file_list(root, dataset.pattern, anew=True)[1])
         elif args.command == "show":
             sheet = show(args.dataset, args.data_root, args.fold, args.stride, args.mask, args.seed)
             sheet.save(args.output, "PNG")

@@ -150,7 +150,7 @@ def scores_of(samples: Samples, probabilities: np.ndarray) -> dict:
 def evaluate(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> tuple[dict, Observed]:
     """Metrics of the samples' own head, and the pass that they are from. DataError if its classes are not theirs."""
     source, classes = samples.dataset.modality, list(samples.dataset.classes)
-    if not same_classes(model.architecture[f"{source}_classes"], classes):
+    if source not in model.head or not same_classes(model.architecture[f"{source}_classes"], classes):
         raise DataError(f"the checkpoint's {source} head knows {model.architecture[f'{source}_classes']}, but "
                         f"{samples.name} has {classes}")
     observed = observe(model, TestData(samples, model.size), run, workers, batch)
@@ -228,9 +228,9 @@ def check_folds(paths: list[Path], name: str, data_root: Path) -> dict[int, Path
             raise CheckpointError(f"fold {fold} of {name} is given twice: {found[fold]} and {path}")
         found[fold] = path
         samples = load_samples(name, data_root, "test", fold)
-        if trained_on(checkpoint, samples):
-            raise CheckpointError(f"{path} was trained on {trained_on(checkpoint, samples)} of the {len(samples)} test "
-                                  f"samples of {name}, fold {fold}")
+        if known := trained_on(checkpoint, samples):
+            raise CheckpointError(f"{path} was trained on {known} of the {len(samples)} test samples of {name}, fold "
+                                  f"{fold}")
     missing = [str(fold) for fold in expected if fold not in found]
     if missing:
         raise CheckpointError(f"--folds lacks fold {', '.join(missing)} of {name}: give a checkpoint of each of its "
@@ -479,10 +479,8 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
             raise DataError(f"{mine[0]} is {source} data, but this model was trained without: its heads are "
                             f"{list(model.head)}")
     totals = {file: frames_in(file, source, args.crop) for source, mine in groups.items() for file in mine}
-    settings = checkpoint.get("settings", {})
-    trained = settings.get("videos", "none")
-    # Not catalogue(trained): the lists of own data need not be where the model is used.
-    stride = settings.get("stride") or (CATALOGUE[trained].media[0][1] if trained in CATALOGUE else OWN_DATA_STRIDE)
+    trained = checkpoint.get("data", {}).get("train", {}).get("video", {})
+    stride = trained.get("stride", OWN_DATA_STRIDE)  # a released file does not say it
     for source, mine in groups.items():
         if not mine:
             continue
@@ -490,7 +488,7 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
         data = media_data(mine, source, classes, model.size, stride, args.crop)
         probabilities = observe(model, data, run, args.workers, args.batch_size).probabilities[source]
         note = f", two clips of {data.frames} frames at stride {stride} each" if source == "video" else ""
-        note += f" as in {trained}" if note and trained != "none" else ""
+        note += f" as in {trained['name']}" if note and trained else ""
         lines = [f"{file}: " + ", ".join(f"{classes[c]} {row[c]:.4f}" for c in (-row).argsort(kind="stable"))
                  for file, row in zip(mine, probabilities)]
         report.say(f"Own {source}s: {len(mine)}{note}", "\n".join(lines))
@@ -696,15 +694,18 @@ def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: s
     """A pass over a test set and the scores, with warnings where its samples are not those that training recorded, or
     were trained on."""
     settings = checkpoint.get("settings", {})
-    samples = load_samples(name, args.data_root, "test", fold, settings.get("stride"))
+    # A --stride of training holds for its own data set and one's own, not for another one of the catalogue.
+    own = name in (settings.get("videos"), settings.get("images")) or name not in CATALOGUE
+    samples = load_samples(name, args.data_root, "test", fold, settings.get("stride") if own else None)
     recorded = checkpoint.get("data", {}).get("test", {}).get(samples.dataset.modality, {})
     same = (recorded.get("name"), recorded.get("fold")) == (name, fold)
     # With --validation, what training tested on is a part of its own fold.
     if same and not settings.get("validation") and recorded["fingerprint"] != samples.fingerprint():
-        report.warn(f"the {len(samples)} test samples of {name} are not the {recorded['samples']} {path} recorded: "
-                    f"fingerprint {samples.fingerprint()}, recorded {recorded['fingerprint']}")
-    if trained_on(checkpoint, samples):
-        report.warn(f"{path} was trained on {trained_on(checkpoint, samples)} of the {len(samples)} test samples")
+        report.warn(f"the {len(samples)} test samples of {name}, stride {samples.stride}, are not the "
+                    f"{recorded['samples']}, stride {recorded['stride']}, that {path} recorded: fingerprint "
+                    f"{samples.fingerprint()}, recorded {recorded['fingerprint']}")
+    if known := trained_on(checkpoint, samples):
+        report.warn(f"{path} was trained on {known} of the {len(samples)} test samples")
     scores, observed = evaluate(model, samples, run, args.workers, args.batch_size)
     return samples, observed, dict(scores, fold=fold, samples=len(samples), checkpoint=str(path))
 
@@ -716,8 +717,6 @@ def report_folds(args, run: Run, report: Report) -> None:
     for fold, path in check_folds(args.folds, args.dataset, args.data_root).items():
         checkpoint = read_checkpoint(path)
         model = fine_tuned(checkpoint, path, run, args.dataset)
-        if "data" not in checkpoint:
-            report.warn(f"{path} does not say which samples it was trained on: only its fold was checked")
         samples, observed, score = score_fold(args, run, path, checkpoint, model, args.dataset, fold, report)
         tested.append(samples)
         probabilities.append(observed.probabilities[samples.dataset.modality])
@@ -886,7 +885,7 @@ def main() -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         p.error(f"{there} is no folder that results can be written to")
     checkpoint = read_checkpoint(paths[0])
-    run = start(checkpoint["architecture"]["size"])
+    run = start(checkpoint["architecture"].get("size", "base"))
     report = Report(run, folder, bool(args.report), f"What {', '.join(map(str, paths))} can do")
     if args.folds:
         report_folds(args, run, report)

@@ -76,7 +76,7 @@ def layers_with_experts(text: str, depth: int) -> list[int]:
     positions = {"none": [], "early": range(half), "middle": range(depth // 4, depth // 4 + half),
                  "later": range(depth - half, depth), "alternate": range(1, depth, 2)}
     try:
-        return list(positions[text] if text in positions else map(int, text.split(",")))
+        return sorted(set(positions[text] if text in positions else map(int, text.split(","))))
     except ValueError as error:
         raise SettingError(f"--moae-layers {text!r}: expected {', '.join(positions)}, or numbers as 6,7,8") from error
 
@@ -127,7 +127,7 @@ def main() -> None:
     describe(run, args, model, sources, args.epochs * per_epoch, lr, loaded)
     rate = Rate(lr, int(args.warmup_epochs * per_epoch), args.epochs * per_epoch, first=1.25e-7, end=1.25e-7)
 
-    def end_of_epoch(epoch: int) -> dict:
+    def end_of_epoch() -> dict:
         scores = {name: evaluate(model, part, run, args.workers)[0] for name, part in (validation or test).items()}
         return {"score": scores["video" if "video" in scores else "image"]["war"],
                 "validation" if validation else "test": scores, "gates": module.gates.summary(run)}

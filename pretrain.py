@@ -189,11 +189,10 @@ class ReconstructionLoss(nn.Module):
 
 # ------------------------------------------------------------------------------------------- the loop of both stages
 
-def train(run, args, folder, model, module, optimizer, rate, schedule, data, end_of_epoch=lambda epoch: {},
-          tallies=None) -> None:
+def train(run, args, folder, model, module, optimizer, rate, schedule, data, end_of_epoch=dict, tallies=None) -> None:
     """Train `model` through `module`, which maps (x uint8, labels, weight) to a scalar loss times the weight.
 
-    After every epoch, end_of_epoch(epoch) gives scores; a JSON line goes to log.jsonl and a checkpoint to last.pt.
+    After every epoch, end_of_epoch() gives scores; a JSON line goes to log.jsonl and a checkpoint to last.pt.
     tallies: tensors that the module adds up during an epoch, which a run that is continued must not lose.
     """
     tallies = tallies or {}
@@ -203,7 +202,7 @@ def train(run, args, folder, model, module, optimizer, rate, schedule, data, end
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
     if args.compile:
         compile_layers(model, args.compile)
-    wrapped = DistributedDataParallel(module) if run.world > 1 else module
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False) if run.world > 1 else module
     unreadable = Unreadable(data.sources, progress["unreadable"])
 
     def save(record: dict | None = None) -> None:
@@ -237,7 +236,7 @@ def train(run, args, folder, model, module, optimizer, rate, schedule, data, end
                     save()
             save()                          # at a signal; and before evaluation, which takes long and may fail
         record = dict(epoch=epoch + 1, step=(epoch + 1) * per_epoch, lr=rate((epoch + 1) * per_epoch - 1),
-                      **summary(progress, data.sources), unreadable=len(unreadable.files), **end_of_epoch(epoch))
+                      **summary(progress, data.sources), unreadable=len(unreadable.files), **end_of_epoch())
         progress |= dict(new_epoch(), epoch=epoch + 1)
         if "score" in record and (progress["best"] is None or record["score"] > progress["best"]["score"]):
             progress["best"] = {k: v for k, v in record.items() if k != "losses"}
@@ -531,9 +530,10 @@ class RunFolder:
         for part, name in [(part, name) for part in self.data for name in self.data[part]]:
             old, new = saved["data"][part].get(name, {}), self.data[part][name]
             if old.get("fingerprint") != new["fingerprint"]:
-                raise CheckpointError(f"{file} belongs to other data: its {name} {part} data were "
-                                      f"{old.get('samples')} samples, fingerprint {old.get('fingerprint')}; now they "
-                                      f"are {new['samples']}, {new['fingerprint']}")
+                raise CheckpointError(
+                    f"{file} belongs to other data: its {name} {part} data were {old.get('samples')} samples, stride "
+                    f"{old.get('stride')}, fingerprint {old.get('fingerprint')}; now they are {new['samples']}, stride "
+                    f"{new['stride']}, {new['fingerprint']}")
 
     def begin(self, run: Run, model: nn.Module, optimizer, tallies: dict) -> dict:
         """Progress to start from: that of `saved`, whose weights and sums are restored, or of a new run.

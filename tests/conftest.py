@@ -1,5 +1,10 @@
-"""Shared by all tests: the project on the import path, small synthetic data, and the real commands in a subprocess."""
+"""Shared by all tests: the project on the import path, small synthetic data, and the real commands, in a subprocess or
+in this one."""
+import contextlib
+import importlib
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import write_synthetic  # noqa: E402  (needs the path above)
+from pretrain import guarded  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +41,28 @@ def run_command(folder: Path, script: str, *arguments, processes: int = 1, statu
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, f"exit status {process.returncode}:\n{output}"
     return output
+
+
+def quick(monkeypatch, script, *arguments) -> None:
+    """A script's main in this process, without the seconds that a new one takes to start."""
+    monkeypatch.setattr("sys.argv", [script.__name__, *map(str, arguments)])
+    try:
+        script.main()
+    finally:                                # training catches them
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_here(folder: Path, script: str, *arguments, status: int = 0) -> str:
+    """run_command in this process."""
+    output, found = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        patch.chdir(folder)
+        try:
+            guarded(lambda: quick(patch, importlib.import_module(Path(script).stem), *arguments))
+        except SystemExit as end:           # its code is a number, or the message of status 1
+            found = end.code if isinstance(end.code, int) else 1
+            print("" if isinstance(end.code, int) else end.code)
+    text = output.buffer.getvalue().decode(errors="surrogateescape")
+    assert found == status, f"exit status {found}:\n{text}"
+    return text

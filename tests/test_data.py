@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import run_command, run_here
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
@@ -880,7 +880,7 @@ def test_a_file_list_is_written_once_and_anew_on_demand(tmp_path):
     unreadable = data.TrainingData(sources, "pretrain", SMALL)[data.schedule_epoch(sources, 0, 0)[0][0]][-1]
     assert unreadable == [f"{root / first[0]} is listed and not there: python data.py list --dataset voxceleb2"]
     (root / first[0]).touch()
-    assert "3 files" in run_command(tmp_path, "data.py", "list", "--dataset", "voxceleb2", "--data-root", ".")
+    assert "3 files" in run_here(tmp_path, "data.py", "list", "--dataset", "voxceleb2", "--data-root", ".")
     assert len(load_samples("voxceleb2", tmp_path, "train")) == 3
     (root / "files.txt").unlink()
     (root / "files.txt").mkdir()            # cannot be written: said, and works without
@@ -915,7 +915,7 @@ def test_check_names_what_is_wrong(tmp_path):
                                         "other.png,a,Bob\n3.png,a,Cem\n3.png,a,Cem\n4.png,a,Dan\n")
     (tmp_path / "test.csv").write_text("path,label,person\nleak.png,b,Eva\n4.png,a,Flo\n5.png,a,Bob\nempty.png,a,Gil\n"
                                        "gone.png,b,Hal\n7.png,a,Ida\n")
-    text = run_command(tmp_path, "data.py", "check", "--dataset", "train.csv,test.csv", status=1)
+    text = run_here(tmp_path, "data.py", "check", "--dataset", "train.csv,test.csv", status=1)
     for expected in ("same pictures twice, with the same label: 1: 0.png = twin.png",
                      "error: train lists more than once: 1: 3.png",
                      "error: samples in both train and test: 1: 4.png",
@@ -969,7 +969,7 @@ def test_show_draws_the_pixels_of_the_loader(faces, tmp_path):
     for i in range(4):
         Image.new("RGB", (50, 40), colour).save(tmp_path / f"{i}.png")
     (tmp_path / "faces.csv").write_text("path\n0.png\n1.png\n2.png\n3.png\n")
-    run_command(tmp_path, "data.py", "show", "--dataset", "faces.csv", "--mask")
+    run_here(tmp_path, "data.py", "show", "--dataset", "faces.csv", "--mask")
     whole = data.show(str(tmp_path / "faces.csv"), tmp_path)
     for sheet, least, most in ((whole, 1, 1), (Image.open(tmp_path / "sheet.png"), 0.1, 0.1)):  # 90 % of it masked
         pictures = np.array(sheet).reshape(-1, 3)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, run_here
 from PIL import Image
 
 import data
@@ -320,11 +320,8 @@ def runs(tmp_path_factory, faces):
                                   settings=dict(videos="synthetic-unlabelled", images="synthetic-images")))
     for fold in range(1, 6):
         train, test = (load_samples("synthetic", faces, split, fold) for split in ("train", "test"))
-        record = dict(name="synthetic", fold=fold, samples=len(train), fingerprint=train.fingerprint(),
-                      digests=torch.from_numpy(train.digests()))
-        tested = dict(name="synthetic", fold=fold, samples=len(test), fingerprint=test.fingerprint())
         save(folder / f"fold{fold}/best.pt", seed=fold, fold=fold,
-             data=dict(train=dict(video=record), test=dict(video=tested)))
+             data=dict(train=dict(video=train.identity(digests=True)), test=dict(video=test.identity())))
     return folder
 
 
@@ -371,7 +368,7 @@ def test_folds_that_do_not_belong_together_are_refused(runs, faces, tmp_path):
             evaluate.check_folds(given, "synthetic", faces)
     with pytest.raises(evaluate.CheckpointError, match="was trained on synthetic, not on dfew"):
         evaluate.check_folds(folds, "dfew", faces)
-    text = run_command(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds[1:], "--data-root", faces,
+    text = run_here(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds[1:], "--data-root", faces,
                        status=1)
     assert text.splitlines()[-1].startswith("error: --folds lacks fold 1 of synthetic")
 
@@ -382,23 +379,31 @@ def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
     checkpoint["data"]["train"]["video"]["digests"] = torch.from_numpy(
         load_samples("synthetic", faces, "test").digests())
     write(tmp_path / "best.pt", checkpoint)
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
                        faces)
     assert "fingerprint" in text and "recorded 0000000000000000" in text
     assert "best.pt was trained on 7 of the 7 test samples" in text
     assert len(read_csv(tmp_path / "predictions-synthetic.csv")) == 7
+    assert load_samples("synthetic", faces, "test", stride=1).fingerprint() \
+        != load_samples("synthetic", faces, "test").fingerprint(), "16 sampled frames of DFEW are not its whole clips"
     checkpoint["settings"]["validation"] = 0.2          # then other data than the test fold chose the best epoch
     write(tmp_path / "best.pt", checkpoint)
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
                        faces)
     assert "fingerprint" not in text and "was trained on 7 of the 7 test samples" in text
 
 
+def test_a_model_of_images_alone_has_no_head_for_clips(faces):
+    samples = load_samples("synthetic-unlabelled", faces, "test")
+    with pytest.raises(DataError, match=r"video head knows \[\], but synthetic-unlabelled has \[\]"):
+        evaluate.evaluate(S4D("tiny", IMAGE_CLASSES, []), samples, None, 0)
+
+
 def test_fold_is_that_of_the_set_with_folds(runs, faces, tmp_path):
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
                        3, "--output", "out")
     assert "synthetic, fold 3: 7 test samples" in text and "synthetic-images: 14 test samples" in text
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
                        3, "--dataset", "synthetic-images", status=1)
     assert "fold 3 of synthetic-images: expected 1 to 1" in text
 
@@ -421,25 +426,26 @@ def own(tmp_path_factory, faces):
     for file, stage, model, names in (
             ("best.pt", "finetune", S4D("tiny", sorted(IMAGE_CLASSES), sorted(CLIP_CLASSES)), lists),
             ("pre.pt", "pretrain", MaskedAutoencoder("tiny"), dict(videos="none", images="images/train.csv"))):
+        trained = dict(train=dict(video=dict(name=lists["videos"], stride=3, digests=torch.zeros(0).long())))
         write(folder / file, dict(stage=stage, architecture=model.architecture, model=model.state_dict(),
-                                  settings=names))
+                                  settings=names, data=trained))
     return folder
 
 
 def test_own_clips_and_images_of_one_name_do_not_overwrite_each_other(own):
-    run_command(own, "evaluate.py", "--checkpoint", "best.pt", "--workers", 1, "--output", "out")
+    run_here(own, "evaluate.py", "--checkpoint", "best.pt", "--workers", 1, "--output", "out")
     assert len(read_csv(own / "out/predictions-train-videos.csv")) == 7
     assert len(read_csv(own / "out/predictions-train-images.csv")) == 14
 
 
 def test_a_model_of_own_data_needs_no_lists_for_own_media(own, tmp_path):
     (tmp_path / "clip.mp4").symlink_to(own / "clips/faces/00001.mp4")
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", own / "best.pt", "clip.mp4", "--output", "out")
-    assert "at stride 4 each as in clips/train.csv" in text
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", own / "best.pt", "clip.mp4", "--output", "out")
+    assert "at stride 3 each as in clips/train.csv" in text
 
 
 def test_stage_1_of_own_data_without_a_test_file_is_shown_on_its_training_data(own):
-    text = run_command(own, "evaluate.py", "--checkpoint", "pre.pt", "--report", "shown")
+    text = run_here(own, "evaluate.py", "--checkpoint", "pre.pt", "--report", "shown")
     assert "90% masked, 14 samples" in text and (own / "shown/reconstruction-images.png").is_file()
 
 
@@ -510,7 +516,7 @@ def test_own_media_of_every_kind(runs, faces, tmp_path):
 def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, faces, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     clip = load_samples("synthetic", faces, "test").path(0)
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", "out", clip,
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", "out", clip,
                        "broken.mp4", status=1)
     assert "broken.mp4 cannot be decoded" in text and "Traceback" not in text and not (tmp_path / "out").exists()
     with pytest.raises(DataError, match=f"{clip}, 64 x 64 pixels, does not hold --crop 40,0,40,20"):
@@ -518,7 +524,7 @@ def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, faces, tm
 
 
 def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, faces, tmp_path):
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "pre.pt", "--data-root", faces, "--report",
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "pre.pt", "--data-root", faces, "--report",
                        "shown")
     assert "90% masked" in text and "95% masked" in text
     results = json.loads((tmp_path / "shown/evaluation.json").read_text())["reconstruction"]

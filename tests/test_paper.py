@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 import torch
+from conftest import quick
 from test_equations import batch, gate, gelu, linear, random_weights, represent
 
 import data
@@ -25,12 +26,6 @@ def readme_commands() -> list[str]:
     section = (ROOT / "README.md").read_text().split("## Every system of the paper")[1].split("\n## ")[0]
     return [cell for line in section.splitlines() for cell in line.split("`")
             if cell.startswith(("pretrain.py --", "finetune.py --"))]
-
-
-def in_this_process(monkeypatch, script, arguments):
-    """A script's main, without the seconds that a new process takes."""
-    monkeypatch.setattr("sys.argv", ["script", *map(str, arguments)])
-    script.main()
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +50,8 @@ def test_every_system_of_the_paper_trains(monkeypatch, tmp_path, faces, stage1, 
     if script == "finetune.py" and "--pretrained none" not in command:
         arguments += ["--pretrained", stage1]
     module = {"pretrain.py": pretrain, "finetune.py": finetune}[script]
-    in_this_process(monkeypatch, module, [*arguments, "--data-root", faces, "--output", tmp_path, "--epochs", 2,
-                                          "--workers", 0, "--batch-size", 16])
+    quick(monkeypatch, module, *arguments, "--data-root", faces, "--output", tmp_path, "--epochs", 2, "--workers", 0,
+          "--batch-size", 16)
     first, record = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(first["losses"] + record["losses"]) >= 2 and all(loss is not None for loss in record["loss"].values())
     trained = load_checkpoint(tmp_path / "last.pt")
@@ -68,7 +63,7 @@ def test_positions_of_table_8():
     expected = dict(none=[], early=[0, 1, 2, 3, 4, 5], middle=[3, 4, 5, 6, 7, 8], later=[6, 7, 8, 9, 10, 11],
                     alternate=[1, 3, 5, 7, 9, 11])
     assert {name: finetune.layers_with_experts(name, 12) for name in expected} == expected
-    assert finetune.layers_with_experts("0,5", 12) == [0, 5]
+    assert finetune.layers_with_experts("5,0,5", 12) == [0, 5]
     with pytest.raises(model.SettingError, match="last"):
         finetune.layers_with_experts("last", 12)
 
@@ -184,10 +179,10 @@ def test_a_released_classifier_gives_the_released_models_logits(tmp_path, prefix
 def test_a_released_classifier_is_evaluated_in_the_catalogues_label_order(monkeypatch, tmp_path, faces, capsys):
     torch.save({"model": S4D("tiny", range(7), range(7), residual=False).state_dict()}, tmp_path / "s4d.pt")
     arguments = ["--checkpoint", tmp_path / "s4d.pt", "--data-root", faces, "--workers", 0]
-    in_this_process(monkeypatch, evaluate, [*arguments, "--dataset", "synthetic"])
+    quick(monkeypatch, evaluate, *arguments, "--dataset", "synthetic")
     assert "synthetic, fold 1: 7 test samples" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="give --dataset"):
-        in_this_process(monkeypatch, evaluate, arguments)
+        quick(monkeypatch, evaluate, *arguments)
 
 
 def test_a_fine_tuned_file_does_not_start_a_model_of_another_function(tmp_path):
@@ -202,8 +197,8 @@ def test_a_fine_tuned_file_starts_another_fine_tuning_without_a_flag(monkeypatch
     """With the file's experts; its image head fits and its video head, of three classes, does not."""
     source = S4D("tiny", range(7), CLASSES, experts=4, residual=False, moae_layers=[3])
     torch.save({"model": source.state_dict()}, tmp_path / "s4d.pt")
-    in_this_process(monkeypatch, finetune, ["--dataset", "synthetic", "--data-root", faces, "--workers", 0, "--epochs", 1,
-                                            "--pretrained", tmp_path / "s4d.pt", "--output", tmp_path / "run"])
+    quick(monkeypatch, finetune, "--dataset", "synthetic", "--data-root", faces, "--workers", 0, "--epochs", 1,
+          "--pretrained", tmp_path / "s4d.pt", "--output", tmp_path / "run")
     architecture = torch.load(tmp_path / "run/last.pt", weights_only=True)["architecture"]
     assert architecture["experts"] == 4 and architecture["residual"] is False and architecture["moae_layers"] == [3]
     said = capsys.readouterr().out
@@ -247,7 +242,7 @@ def test_a_pickled_namespace_is_refused_with_the_way_to_convert_it(tmp_path):
 
 
 def test_export_writes_the_released_names(monkeypatch, tmp_path, stage1):
-    in_this_process(monkeypatch, model, ["--export", stage1, tmp_path / "export.pt"])
+    quick(monkeypatch, model, "--export", stage1, tmp_path / "export.pt")
     exported = torch.load(tmp_path / "export.pt", weights_only=True)
     assert exported.keys() == {"model"}
     assert exported["model"]["encoder.patch_embed.proj.weight"].shape == (128, 3, 2, 8, 8)

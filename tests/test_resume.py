@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, start_command
+from conftest import quick, run_command, start_command
 from endure import differences, endure, finish, processes_of, start, wait_for_a_step
 
 import data
@@ -20,16 +20,6 @@ import pretrain
 STAGE_1 = ["pretrain.py", "--dataset", "synthetic", "--batch-size", 16, "--workers", 1, "--resume"]
 STAGE_2 = ["finetune.py", "--dataset", "synthetic", "--batch-size", 8, "--workers", 1, "--resume", "--pretrained",
            "none"]
-
-
-def quick(monkeypatch, script, *arguments):
-    """A script's main in this process, without the seconds that a new one takes to start."""
-    monkeypatch.setattr("sys.argv", ["script", *map(str, arguments)])
-    try:
-        script.main()
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def epochs(folder: Path) -> list[dict]:
@@ -44,17 +34,26 @@ def losses(folder: Path) -> list:
 
 def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, faces):
     """python tests/endure.py does it 30 times, in both stages."""
-    assert "equal bit for bit" in endure(tmp_path, faces, "finetune.py", 8, 1, 1, 0, "--pretrained", "none")
+    assert "equal bit for bit" in endure(tmp_path, faces, "finetune.py", 4, 1, 1, 0, "--pretrained", "none")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, faces):
+def run(tmp_path_factory, faces):
+    """A finished run of stage 1 and one of stage 2, three and two epochs long."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for script, command, length in ((pretrain, STAGE_1, 3), (finetune, STAGE_2, 2)):
+            quick(monkeypatch, script, *command[1:], "--data-root", faces, "--epochs", length, "--output",
+                  folder / command[0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, run, faces):
     """Undisturbed runs of stage 1, three epochs long, by one process and by two."""
     folder = tmp_path_factory.mktemp("whole")
-    for processes in (1, 2):
-        finish(start(folder, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", folder / str(processes),
-                     processes=processes), folder)
-    return folder
+    finish(start(folder, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", folder / "2", processes=2), folder)
+    return {1: run / "pretrain.py", 2: folder / "2"}
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
@@ -74,7 +73,7 @@ def test_a_signal_ends_a_run_within_the_epoch_without_losing_a_step(whole, tmp_p
     assert processes == 2 or "Traceback" not in text
     assert model.read_checkpoint(tmp_path / "stopped/last.pt")["progress"]["epoch"] < 3
     finish(start(tmp_path, *command, processes=processes), tmp_path)
-    assert not differences(whole / str(processes), tmp_path / "stopped")
+    assert not differences(whole[processes], tmp_path / "stopped")
 
 
 def test_torchrun_restarts_a_run_that_goes_on_where_it_was(whole, tmp_path, faces):
@@ -86,21 +85,10 @@ def test_torchrun_restarts_a_run_that_goes_on_where_it_was(whole, tmp_path, face
     os.kill(min(of_rank_one), signal.SIGKILL)  # the others are its loading processes
     finish(process, tmp_path)
     assert "resumed from" in (tmp_path / "output.txt").read_text()
-    assert not differences(whole / "2", tmp_path / "restarted")
+    assert not differences(whole[2], tmp_path / "restarted")
 
 
 # ------------------------------------------------------------------------------------------------ continued or refused
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, faces):
-    """A finished run of stage 1 and one of stage 2, three and two epochs long, saved at every step."""
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for script, command, length in ((pretrain, STAGE_1, 3), (finetune, STAGE_2, 2)):
-            quick(monkeypatch, script, *command[1:], "--data-root", faces, "--epochs", length, "--output",
-                  folder / command[0])
-    return folder
-
 
 def copy(run: Path, to: Path, script: str, **changes) -> Path:
     """The run's folder again, with its last checkpoint changed."""
@@ -149,7 +137,7 @@ def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(monkeypatch,
 
 def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
     shutil.copytree(run / "pretrain.py", tmp_path / "run")
-    (tmp_path / "run/last.pt").unlink()     # previous.pt is the end of the last epoch's steps
+    (tmp_path / "run/last.pt").unlink()     # one epoch to go from previous.pt
     text = run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
                        processes=2)
     assert "1 processes then, 2 now: the samples of every step, their crops, masks and noise stay the same" in text

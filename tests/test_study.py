@@ -30,8 +30,9 @@ def parsed(task):
 
 def test_every_row_is_one_run_of_a_seed_and_no_two_runs_are_the_same(monkeypatch, tmp_path):
     tasks = study.plan(arguments(monkeypatch, "--seeds", 2, "--output", tmp_path))
-    assert {f"finetune-{row.run}" for table in study.TABLES for row in table.rows} \
-        == {task.name for task in tasks if task.name.startswith("finetune")}, "a row without a run, or the reverse"
+    named = {run for table in study.TABLES for row in table.rows for run in row.runs.split() if run not in "+-"}
+    assert named == set(study.STAGE_2), "a row without a run, or the reverse"
+    assert set(study.PAPER) < named
     seen = set()
     for task in tasks:
         script, settings = parsed(task)
@@ -73,7 +74,7 @@ def test_half_of_the_clips_are_those_of_every_second_person(tmp_path, faces):
 
 def line(task, seed, video, image=None):
     scores = {"video": video} | ({} if image is None else {"image": image})
-    return (task, seed), dict(task=task, seed=seed, epochs=[1, 1], seconds=1, uar=scores, war=scores)
+    return (task, seed), dict(task=task, seed=seed, flags="", steps=1480, seconds=1, uar=scores, war=scores)
 
 
 def test_differences_are_paired_and_have_a_t_interval():
@@ -82,32 +83,49 @@ def test_differences_are_paired_and_have_a_t_interval():
     better, worse = 0.6 + fold + rng.normal(0, 0.01, 5), 0.5 + fold + rng.normal(0, 0.01, 5)
     done = dict([line("finetune-s4d", seed, value) for seed, value in enumerate(better)]
                 + [line("finetune-early", seed, value) for seed, value in enumerate(worse)])
-    ours, others = (study.uar(done, name, "video") for name in ("early", "s4d"))
-    mean, half = study.compare(ours, others)
+    mean, half = study.mean_and_interval(list(study.uar(done, "early - s4d", "video").values()))
     differences = 100 * (worse - better)
     assert mean == pytest.approx(differences.mean())
     assert half == pytest.approx(2.776 * np.sqrt(((differences - mean) ** 2).sum() / 4 / 5), rel=1e-3)
-    assert half < study.mean_and_interval(list(ours.values()))[1] / 5, "the folds' difficulty cancels out"
-    assert math.isnan(study.compare({0: 1.0}, others)[1]) and math.isnan(study.compare({}, others)[0])
+    of_one = study.mean_and_interval(list(study.uar(done, "early", "video").values()))[1]
+    assert half < of_one / 5, "the folds' difficulty cancels out"
+    assert math.isnan(study.mean_and_interval([1.0])[1]) and math.isnan(study.mean_and_interval([])[0])
+    del done["finetune-s4d", 3]
+    assert list(study.uar(done, study.minus("early", "s4d - early"), "video")) == [0, 1, 2, 4]
+    assert study.uar(done, study.minus("early", "s4d - early"), "video")[2] == pytest.approx(
+        100 * (2 * worse[2] - better[2]))
 
 
-@pytest.mark.parametrize("better, worse, said", [([0.6, 0.61, 0.6], [0.4, 0.41, 0.41], "appears"),
-                                                 ([0.4, 0.41, 0.41], [0.6, 0.61, 0.6], "**reversed**"),
-                                                 ([0.5, 0.6, 0.7], [0.6, 0.5, 0.7], "cannot be told apart")])
-def test_the_table_says_whether_the_papers_ordering_appears(monkeypatch, better, worse, said):
-    done = dict([line("finetune-s4d", seed, value, value) for seed, value in enumerate(better)]
-                + [line("finetune-early", seed, value, value) for seed, value in enumerate(worse)]
-                + [line("finetune-no-residual", seed, value, value) for seed, value in enumerate(worse)])
+@pytest.mark.parametrize("low, high", [([0.4, 0.41, 0.41], [0.6, 0.61, 0.6]), ([0.6, 0.5, 0.7], [0.5, 0.6, 0.7])])
+def test_the_table_says_whether_the_papers_ordering_appears(monkeypatch, low, high):
+    done = dict([line("pretrain-dual", 0, 0)] + [
+        line(f"finetune-{run}", seed, value, value) for values, runs in (
+            (low, ("scratch", "early", "no-residual", "dynamic", "vit", "half-joint")),
+            (high, ("s4d", "from-images", "images-1", "experts-2", "vit-mtl", "half-dynamic-longer")))
+        for run in runs for seed, value in enumerate(values)])
+    for seed, value in enumerate(low):      # s4d - dynamic-longer is half-joint - half-dynamic-longer
+        done |= [line("finetune-dynamic-longer", seed, 2 * high[seed] - low[seed] + (seed - 1) / 100)]
+        done |= [line("finetune-images-1", seed, 2 * high[seed] - value)]
     table = [[cell.strip() for cell in row.split("|")[1:-1]]
              for row in study.report(arguments(monkeypatch), done).splitlines() if row.startswith("|")]
-    assert {len(row) for row in table} == {6}
-    early = next(row for row in table if row[0] == "early")
-    assert early[1] == "43.15 / 67.93" and early[2].startswith(f"{100 * np.mean(worse):.1f} ± ")
-    assert early[4].startswith(f"{100 * np.mean(np.subtract(worse, better)):+.1f} ± ".replace("-", "−"))
-    assert early[5] == said
-    without = next(row for row in table if row[0] == "without")[5]
-    assert without == {"appears": "lower", "**reversed**": "higher"}.get(said, said), "the paper compares no such pair"
-    assert next(row for row in table if row[0].startswith("middle"))[2:] == [""] * 4
+    assert {len(row) for row in table} == {7}
+    told = low[0] < high[0]
+
+    def cells(label):
+        return next(row for row in table if row[0] == label)
+    difference = 100 * np.subtract(low, high)
+    assert cells("early")[1:4] == ["1,480 + 1,480", "43.15 / 67.93", cells("early")[4]]
+    assert cells("early")[3].startswith(f"{100 * np.mean(low):.1f} ± ")
+    assert cells("early")[5].startswith(f"{difference.mean():+.1f} ± ".replace("-", "−"))
+    for label, claim, here in (
+            ("early", "lower", "agrees"), ("clips only", "lower", "agrees"), ("without", "no claim", "lower"),
+            ("2 against 1", "higher", "agrees"), ("7 against 6", "its data sets differ", "higher"),
+            ("2, both always chosen", "lower", "open"), ("1", "not higher", "**disagrees**"),
+            ("clips only, as many steps as joint", "no claim", "higher"),
+            ("joint's gain, against that with all clips", "no claim", "open")):
+        assert cells(label)[6] == f"{claim}: {here if told else 'open'}", label
+    assert cells("later")[6] == "reference" and cells("1 none")[1].startswith("0 + ")
+    assert cells("middle (0 of 3 seeds)")[3:] == [""] * 4
 
 
 def test_a_study_goes_on_where_it_was_interrupted(tmp_path, faces):
@@ -134,4 +152,4 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path, faces):
     assert f"{100 * s4d['uar']['image']:.1f}" in second.stdout and "finetune" not in second.stdout
 
     other = subprocess.run([*command, "--table", "--epochs", "2", "1"], cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 1 and "results of --epochs 1 1, not 2 1" in other.stderr
+    assert other.returncode == 1 and "holds pretrain-dual of seed 0 with --dataset synthetic" in other.stderr
