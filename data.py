@@ -407,7 +407,7 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
     if stride is not None and stride < 1:
         raise DataError(f"stride {stride}: expected 1 or more")
     root, usual = media_folder(name, dataset, data_root, fold)
-    stride = stride or usual
+    stride = usual if dataset.modality == "image" else stride or usual
     if not dataset.train:
         names, note = file_list(root, dataset.pattern)
         return Samples(name, dataset, root, names, np.full(len(names), -1), stride, (note,)), np.ones(len(names), bool)

@@ -5,9 +5,9 @@ these follow metrics (Tables II, III, VI, Fig. 7), folds, cross-task results (Ta
 experts (Fig. 5). Then attention (Fig. 6), reconstructions of stage 1, own media, drawing, and the report of it all.
 
     python evaluate.py --checkpoint runs/dfew/fold1/best.pt                 on the test data of its own fold
-    python evaluate.py --dataset dfew --folds runs/dfew/*/best.pt           the five folds' predictions as one
-    python evaluate.py --checkpoint runs/dfew/fold1/best.pt --report out    all tables and figures, with an index
-    python evaluate.py --checkpoint runs/dfew/fold1/best.pt FILE ...        on videos, images, folders of frames
+    python evaluate.py --dataset dfew --folds runs/dfew/*/last.pt           the five folds' predictions as one
+    python evaluate.py --checkpoint runs/dfew/fold1/last.pt --report out    all tables and figures, with an index
+    python evaluate.py --checkpoint runs/dfew/fold1/last.pt FILE ...        on videos, images, folders of frames
     torchrun --nproc_per_node 2 evaluate.py --checkpoint ...                the same from two processes
 
 UAR, unweighted average recall, is the mean of the classes' recalls; WAR, weighted average recall, is the accuracy.
@@ -150,7 +150,10 @@ def scores_of(samples: Samples, probabilities: np.ndarray) -> dict:
 def evaluate(model: S4D, samples: Samples, run: Run, workers: int, batch: int = 16) -> tuple[dict, Observed]:
     """Metrics of the samples' own head, and the pass that they are from. DataError if its classes are not theirs."""
     source, classes = samples.dataset.modality, list(samples.dataset.classes)
-    if source not in model.head or not same_classes(model.architecture[f"{source}_classes"], classes):
+    if source not in model.head:
+        raise DataError(f"{samples.name} holds {source}s, but this model was trained without: its heads are "
+                        f"{list(model.head)}")
+    if not same_classes(model.architecture[f"{source}_classes"], classes):
         raise DataError(f"the checkpoint's {source} head knows {model.architecture[f'{source}_classes']}, but "
                         f"{samples.name} has {classes}")
     observed = observe(model, TestData(samples, model.size), run, workers, batch)
@@ -384,7 +387,7 @@ def report_reconstructions(args, run: Run, path: Path, checkpoint: dict, report:
     ensure_synthetic(datasets, args.data_root, run)
     for name in datasets:
         split = "test" if catalogue(name).test else "train"
-        samples = load_samples(name, args.data_root, split, fold_of(args, trained, name), trained.get("stride"))
+        samples = load_samples(name, args.data_root, split, fold_of(args, trained, name), stride_for(checkpoint, name))
         source, data = samples.dataset.modality, TestData(samples, model.size)
         data.resize = v2.Compose([partial(fixed_crop, box=samples.dataset.crop), data.resize])  # as stage 1 cuts them
         index = np.unique(np.linspace(0, len(samples) - 1, 32).round().astype(int))
@@ -479,8 +482,8 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
             raise DataError(f"{mine[0]} is {source} data, but this model was trained without: its heads are "
                             f"{list(model.head)}")
     totals = {file: frames_in(file, source, args.crop) for source, mine in groups.items() for file in mine}
-    trained = checkpoint.get("data", {}).get("train", {}).get("video", {})
-    stride = trained.get("stride", OWN_DATA_STRIDE)  # a released file does not say it
+    trained = checkpoint.get("settings", {}).get("videos", "none")
+    stride = stride_for(checkpoint, "") or OWN_DATA_STRIDE
     for source, mine in groups.items():
         if not mine:
             continue
@@ -488,7 +491,7 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
         data = media_data(mine, source, classes, model.size, stride, args.crop)
         probabilities = observe(model, data, run, args.workers, args.batch_size).probabilities[source]
         note = f", two clips of {data.frames} frames at stride {stride} each" if source == "video" else ""
-        note += f" as in {trained['name']}" if note and trained else ""
+        note += f" as in {trained}" if note and trained != "none" else ""
         lines = [f"{file}: " + ", ".join(f"{classes[c]} {row[c]:.4f}" for c in (-row).argsort(kind="stable"))
                  for file, row in zip(mine, probabilities)]
         report.say(f"Own {source}s: {len(mine)}{note}", "\n".join(lines))
@@ -689,20 +692,27 @@ def fold_of(args, trained: dict, name: str) -> int:
     return trained.get("fold", 1) if catalogue(name).folds > 1 else 1
 
 
+def stride_for(checkpoint: dict, name: str) -> int | None:
+    """Stride of a set's test clips: the trained set's as its --stride was, one's own data's as it was in training. None
+    for another set of the catalogue, which has its own, and for a file that does not say it."""
+    settings, data = checkpoint.get("settings", {}), checkpoint.get("data", {})
+    if name in CATALOGUE:
+        return settings.get("stride") if name == settings.get("videos") else None
+    return data.get("train", {}).get("video", {}).get("stride")
+
+
 def score_fold(args, run: Run, path: Path, checkpoint: dict, model: S4D, name: str, fold: int,
                report: Report) -> tuple[Samples, Observed, dict]:
     """A pass over a test set and the scores, with warnings where its samples are not those that training recorded, or
     were trained on."""
     settings = checkpoint.get("settings", {})
-    # A --stride of training holds for its own data set and one's own, not for another one of the catalogue.
-    own = name in (settings.get("videos"), settings.get("images")) or name not in CATALOGUE
-    samples = load_samples(name, args.data_root, "test", fold, settings.get("stride") if own else None)
+    samples = load_samples(name, args.data_root, "test", fold, stride_for(checkpoint, name))
     recorded = checkpoint.get("data", {}).get("test", {}).get(samples.dataset.modality, {})
     same = (recorded.get("name"), recorded.get("fold")) == (name, fold)
     # With --validation, what training tested on is a part of its own fold.
     if same and not settings.get("validation") and recorded["fingerprint"] != samples.fingerprint():
         report.warn(f"the {len(samples)} test samples of {name}, stride {samples.stride}, are not the "
-                    f"{recorded['samples']}, stride {recorded['stride']}, that {path} recorded: fingerprint "
+                    f"{recorded['samples']}, stride {recorded.get('stride')}, that {path} recorded: fingerprint "
                     f"{samples.fingerprint()}, recorded {recorded['fingerprint']}")
     if known := trained_on(checkpoint, samples):
         report.warn(f"{path} was trained on {known} of the {len(samples)} test samples")
@@ -790,7 +800,7 @@ def report_tasks(model: S4D, tested: dict[str, Samples], seen: dict[str, Observe
 def report_experts(model: S4D, tested: dict[str, Samples], seen: dict[str, Observed], report: Report,
                    number: str) -> None:
     """Fig. 5, and the most frequent paths; layers and experts are counted from 1."""
-    layers = [i + 1 for i in sorted(model.architecture["moae_layers"])]
+    layers = [i + 1 for i in model.architecture["moae_layers"]]
     experts = [f"E{i + 1}" for i in range(model.architecture["experts"])]
     rows, activation, lines = [], [], [" " * 32 + "".join(name.rjust(7) for name in experts)]
     for source, samples in tested.items():
@@ -885,7 +895,7 @@ def main() -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         p.error(f"{there} is no folder that results can be written to")
     checkpoint = read_checkpoint(paths[0])
-    run = start(checkpoint["architecture"].get("size", "base"))
+    run = start(checkpoint["architecture"].get("size", "base"))  # a file without one is refused when it is rebuilt
     report = Report(run, folder, bool(args.report), f"What {', '.join(map(str, paths))} can do")
     if args.folds:
         report_folds(args, run, report)

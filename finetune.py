@@ -76,7 +76,7 @@ def layers_with_experts(text: str, depth: int) -> list[int]:
     positions = {"none": [], "early": range(half), "middle": range(depth // 4, depth // 4 + half),
                  "later": range(depth - half, depth), "alternate": range(1, depth, 2)}
     try:
-        return sorted(set(positions[text] if text in positions else map(int, text.split(","))))
+        return list(positions[text] if text in positions else map(int, text.split(",")))
     except ValueError as error:
         raise SettingError(f"--moae-layers {text!r}: expected {', '.join(positions)}, or numbers as 6,7,8") from error
 

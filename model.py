@@ -75,7 +75,7 @@ def patchify(x: torch.Tensor, size: Size) -> torch.Tensor:
     """Cut a batch into tubelets, one row of pixels per token.
 
     x: (B, 3, H, W) or (B, 3, T, H, W). Returns (B, N, P), tokens in the order (time slot, row, column), the values
-    inside a token in the order (frame, row, column, channel). An image is repeated to fill one tubelet, Section IV-B.
+    inside a token in the order (frame, row, column, channel). An image is repeated to fill a time slot, Section IV-B.
     """
     if modality(x) == "image":
         x = x.unsqueeze(2).expand(-1, -1, size.tubelet, -1, -1)
@@ -412,14 +412,15 @@ class S4D(ViT):
         depth, width = SIZES[size].depth, SIZES[size].width
         adapter_width = width // 4 if adapter_width is None else adapter_width  # r = d / 4, Section III-D
         if moae_layers is None:
-            moae_layers = list(range(depth - depth // 2, depth))
+            moae_layers = range(depth - depth // 2, depth)
+        moae_layers = sorted(set(moae_layers))
         if any(not 0 <= i < depth for i in moae_layers):
             raise SettingError(f"MoAE layers {moae_layers}: size {size} has layers 0 to {depth - 1}")
         make = partial(Mlp, width, 4 * width) if expert == "ffn" else partial(Adapter, width, adapter_width, residual)
         super().__init__(SIZES[size], {i: MoE(width, [make() for _ in range(experts)], k, sigma) for i in moae_layers},
                          moe_replaces_ffn=expert == "ffn")
         self.architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
-                                 experts=experts, k=k, adapter_width=adapter_width, moae_layers=list(moae_layers),
+                                 experts=experts, k=k, adapter_width=adapter_width, moae_layers=moae_layers,
                                  sigma=sigma, residual=residual, expert=expert)
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.ModuleDict({source: nn.Linear(width, len(classes)) for source, classes in

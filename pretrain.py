@@ -202,6 +202,7 @@ def train(run, args, folder, model, module, optimizer, rate, schedule, data, end
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
     if args.compile:
         compile_layers(model, args.compile)
+    # The buffers are tables of positions, which never change.
     wrapped = DistributedDataParallel(module, broadcast_buffers=False) if run.world > 1 else module
     unreadable = Unreadable(data.sources, progress["unreadable"])
 

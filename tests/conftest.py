@@ -1,5 +1,5 @@
 """Shared by all tests: the project on the import path, small synthetic data, and the real commands, in a subprocess or
-in this one."""
+in this process."""
 import contextlib
 import importlib
 import io
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -43,26 +44,27 @@ def run_command(folder: Path, script: str, *arguments, processes: int = 1, statu
     return output
 
 
-def quick(monkeypatch, script, *arguments) -> None:
+def quick(script, *arguments) -> None:
     """A script's main in this process, without the seconds that a new one takes to start."""
-    monkeypatch.setattr("sys.argv", [script.__name__, *map(str, arguments)])
     try:
-        script.main()
-    finally:                                # training catches them
+        with mock.patch("sys.argv", [script.__name__, *map(str, arguments)]):
+            script.main()
+    finally:                                # start() catches them
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_here(folder: Path, script: str, *arguments, status: int = 0) -> str:
-    """run_command in this process."""
-    output, found = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        patch.chdir(folder)
+    """run_command in this process; an error that is not expected is raised."""
+    output, found = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), 0  # evaluate.py reconfigures it
+    with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            guarded(lambda: quick(patch, importlib.import_module(Path(script).stem), *arguments))
-        except SystemExit as end:           # its code is a number, or the message of status 1
-            found = end.code if isinstance(end.code, int) else 1
-            print("" if isinstance(end.code, int) else end.code)
+            guarded(lambda: quick(importlib.import_module(Path(script).stem), *arguments))
+        except SystemExit as end:
+            found = end.code
+            if isinstance(found, str):      # a message means status 1
+                print(found)
+                found = 1
     text = output.buffer.getvalue().decode(errors="surrogateescape")
     assert found == status, f"exit status {found}:\n{text}"
     return text

@@ -9,6 +9,7 @@ Interrupted, it goes on where it stopped. One budget for all rows, nothing is tu
 fold s + 1 and is tested on its people; rows are compared seed by seed, so that a fold's difficulty cancels out.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -34,8 +35,8 @@ from pretrain import guarded  # noqa: E402
 
 EPOCHS = (14, 8)                            # of stage 1 and of stage 2: what fits into 2.5 hours on two cores
 START = 12                                  # seconds that a run takes beside its epochs, test included
-LEFT_OUT = ("Left out for the time: 4 experts, 1 MoAE layer, the shares between those of Fig. 3c and 3d, and of the "
-            "data's properties identity and motion.")
+LEFT_OUT = ("Left out for the time: 4 experts, 1 MoAE layer, the shares between those of Fig. 3c and 3d, and faces in "
+            "which identity or motion matters more or less.")
 
 
 class Run(NamedTuple):
@@ -94,7 +95,7 @@ PAPER = {"scratch": (27.67, 40.96), "from-images": (36.10, 53.80), "from-videos"
 
 
 class Row(NamedTuple):
-    """A row of a table: a run, or a sum and difference of runs."""
+    """A row of a table: a run, or one minus another, "a - b"."""
     label: str
     runs: str
     says: str = ""                          # what the paper says of it; "": what its figures say, if there are any
@@ -125,10 +126,10 @@ TABLES = (
         Row("6 ViT, clips only", "vit"), Row("7 ViT-MTL: images too, no experts", "vit-mtl"), Row("8 S4D", "s4d"),
         Row("9 ViT-MoE: experts begin as the pre-trained FFN", "vit-moe"),
         Row("7 against 6", "vit-mtl", against="vit"))),
-    Table("Table VI: joint fine-tuning, on clips (the paper's DFEW: Table VII)", "s4d", (
+    Table("Table VI: joint fine-tuning, on clips (DFEW's figures are Table VII's)", "s4d", (
         Row("clips only", "dynamic"), Row("clips only, as many steps as joint", "dynamic-longer"),
         Row("joint", "s4d"))),
-    Table("the same with half of the people's labelled clips", "half-joint", (
+    Table("the same with the labelled clips of half of the people", "half-joint", (
         Row("clips only, as many steps as joint", "half-dynamic-longer"), Row("joint", "half-joint"),
         Row("joint's gain, against that with all clips", "half-joint - half-dynamic-longer", against=WHOLE_GAIN))),
     Table("the same without stage 1", "scratch", (
@@ -163,7 +164,7 @@ class Task(NamedTuple):
     """One run of one seed."""
     name: str                               # pretrain-... or finetune-...
     seed: int
-    flags: str                              # what decides its result
+    flags: str                              # what decides, with its name, what it results in
     command: list[str]
     folder: Path
     seconds: float                          # that it is expected to take
@@ -184,13 +185,13 @@ def make_task(args, name: str, run: Run, seed: int) -> Task:
     needs = f"pretrain-{run.start}" if run.start in STAGE_1 else ""
     flags = ["--dataset", "synthetic", "--image-dataset", "synthetic-images", "--size", "tiny", "--epochs", epochs,
              *shlex.split(run.flags), "--seed", seed]
-    paths = ["--data-root", args.output / "half" if run.half else args.data_root, "--output", folder, "--resume"]
+    rest = ["--data-root", args.output / "half" if run.half else args.data_root, "--output", folder, "--resume"]
     if stage == "finetune":
         flags += ["--warmup-epochs", round(TINY["warmup_epochs"] * run.longer, 2), "--fold", seed % FOLDS + 1]
-        paths += ["--pretrained", args.output / needs / f"seed{seed}" / "last.pt" if needs else "none"]
+        rest += ["--pretrained", args.output / needs / f"seed{seed}" / "last.pt" if needs else "none"]
     if not torch.cuda.is_available():
-        paths += ["--workers", 0]           # the cores are busy with other runs
-    command = [sys.executable, *map(str, [ROOT / f"{stage}.py", *flags, *paths])]
+        rest += ["--workers", 0]           # the cores are busy with other runs
+    command = [sys.executable, *map(str, [ROOT / f"{stage}.py", *flags, *rest])]
     return Task(name, seed, shlex.join(map(str, flags)), command, folder, START + epochs * run.seconds, needs)
 
 
@@ -217,7 +218,8 @@ def finished(args, tasks: list[Task]) -> dict[tuple[str, int], dict]:
     """(task, seed): its line of results.jsonl. Exits if one of these tasks was run with other flags."""
     path = args.output / "results.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["task"], line["seed"]): line for line in lines}
+    found = {(line["task"], line["seed"]): line for line in lines}
+    done = {task[:2]: found[task[:2]] for task in tasks if task[:2] in found}
     for task in tasks:
         if task[:2] in done and done[task[:2]]["flags"] != task.flags:
             sys.exit(f"error: {path} holds {task.name} of seed {task.seed} with {done[task[:2]]['flags']}, not "
@@ -283,34 +285,35 @@ def finish(args, task: Task, status: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 def mean_and_interval(values) -> tuple[float, float]:
-    """Mean of (n,) values and half the width of its 95 % t interval, nan of fewer than two."""
-    values = np.asarray(values, float)
+    """Mean of n values, one a seed, and half the width of its 95 % t interval, nan of fewer than two.
+
+    The folds' training data overlap, so the values are not independent; the variance of their mean is taken as
+    1 / n + test / training samples times theirs (Nadeau and Bengio, 2003), instead of 1 / n times.
+    """
+    values = np.fromiter(values, float)
     if len(values) < 2:
-        return values.mean() if len(values) else np.nan, np.nan
-    return values.mean(), T_975[len(values) - 2] * values.std(ddof=1) / math.sqrt(len(values))
+        return values.mean() if len(values) else math.nan, math.nan
+    return values.mean(), T_975[len(values) - 2] * values.std(ddof=1) * math.sqrt(1 / len(values) + 1 / (FOLDS - 1))
+
+
+def minus(ours: dict[int, float], theirs: dict[int, float]) -> dict[int, float]:
+    """Of the seeds that both have."""
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
 
 def uar(done: dict, runs: str, modality: str) -> dict[int, float]:
-    """Seed: UAR in per cent at the last epoch of a run, or of "a - b + c", of the seeds that have all of them."""
-    words = f"+ {runs}".split()
-    signed = [(1 if sign == "+" else -1, {seed: line["uar"][modality] for (task, seed), line in done.items()
-                                          if task == f"finetune-{run}" and modality in line["uar"]})
-              for sign, run in zip(words[::2], words[1::2])]
-    seeds = set.intersection(*(set(scores) for _, scores in signed))
-    return {seed: 100 * sum(sign * scores[seed] for sign, scores in signed) for seed in sorted(seeds)}
-
-
-def minus(runs: str, others: str) -> str:
-    """The difference of two sums and differences of runs."""
-    return f"{runs} - {others.replace(' - ', ' + ')}"  # none of the others has a +
+    """Seed: UAR in per cent at the last epoch of a run, or the difference of "a - b"."""
+    return functools.reduce(minus, [{seed: 100 * line["uar"][modality] for (task, seed), line in done.items()
+                                     if task == f"finetune-{run}" and modality in line["uar"]}
+                                    for run in runs.split(" - ")])
 
 
 def said(row: Row, other: str) -> str:
     """What the paper says of a row's UAR against the other's."""
-    if row.says or row.runs not in PAPER or other not in PAPER:
+    if row.says or not {row.runs, other} <= PAPER.keys():
         return row.says or "no claim"
-    higher = [ours > theirs for ours, theirs in zip(PAPER[row.runs], PAPER[other])]
-    return ("higher" if all(higher) else "lower") if len(set(higher)) == 1 else "its data sets differ"
+    higher = sum(ours > theirs for ours, theirs in zip(PAPER[row.runs], PAPER[other]))
+    return ("lower", "its data sets differ", "higher")[higher]
 
 
 def seen(difference: float, half: float, claim: str) -> str:
@@ -318,9 +321,8 @@ def seen(difference: float, half: float, claim: str) -> str:
     if abs(difference) <= half:
         return "open"
     here = "higher" if difference > 0 else "lower"
-    if claim not in ("higher", "lower", "not higher"):
-        return here
-    return "agrees" if claim == here or (claim, here) == ("not higher", "lower") else "**disagrees**"
+    expected = {"higher": "higher", "lower": "lower", "not higher": "lower"}.get(claim, "")
+    return ("agrees" if here == expected else "**disagrees**") if expected else here
 
 
 def cell(mean: float, half: float, sign: str = "") -> str:
@@ -329,52 +331,62 @@ def cell(mean: float, half: float, sign: str = "") -> str:
 
 
 def steps(done: dict, run: str) -> str:
-    """Optimiser steps of both stages."""
-    counts = {task: f"{line['steps']:,}" for (task, _), line in done.items()}
-    start = STAGE_2[run].start
-    return f"{counts.get(f'pretrain-{start}', '?') if start in STAGE_1 else 0} + {counts.get(f'finetune-{run}', '?')}"
+    """Optimiser steps of stage 1 and of stage 2."""
+    counts = {task: f"{line['steps']:,}" for (task, _), line in done.items()} | {"pretrain-none": "0"}
+    return " + ".join(counts.get(task, "?") for task in (f"pretrain-{STAGE_2[run].start}", f"finetune-{run}"))
+
+
+def markdown(done: dict, table: Table, row: Row, other: str, seeds: int) -> tuple[str, float]:
+    """A row, and half of its difference's interval, nan where there is none."""
+    scores, difference, half = uar(done, row.runs, table.modality), math.nan, math.nan
+    verdict = "reference" if table.reference else ""
+    if row.runs != other:
+        scores = minus(scores, uar(done, other, table.modality))
+        difference, half = mean_and_interval(scores.values())
+        claim = said(row, other)
+        verdict = "" if math.isnan(half) else f"{claim}: {seen(difference, half, claim)}"
+    first = [""] * 4
+    if not row.against:
+        figures = row.paper or " / ".join(f"{value:.2f}" for value in PAPER.get(row.runs, ()))
+        first = [steps(done, row.runs), figures,
+                 *(cell(*mean_and_interval(uar(done, row.runs, name).values())) for name in ("video", "image"))]
+    label = row.label + (f" ({len(scores)} of {seeds} seeds)" if len(scores) < seeds else "")
+    return "| " + " | ".join([label, *first, cell(difference, half, "+"), verdict]) + " |", half
 
 
 def report(args, done: dict) -> str:
     """All tables as one in Markdown, after paragraphs on how to read it."""
     seeds = 1 + max((seed for task, seed in done if task.startswith("finetune")), default=-1)
-    lines, halves = [], {}                  # half an interval of every pair: some pairs stand in several tables
+    lines, halves = [], {}                  # half an interval of each pair: some pairs stand in several tables
     for table in TABLES:
         lines.append(f"| **{table.title}** | | | | | | |")
         for i, row in enumerate(table.rows):
             other = row.against or table.reference or table.rows[max(i - 1, 0)].runs
-            scores, shown = uar(done, row.runs, table.modality), ["", "reference" if table.reference else ""]
-            if row.runs != other:
-                scores = uar(done, minus(row.runs, other), table.modality)
-                difference, half = mean_and_interval(list(scores.values()))
-                claim = said(row, other)
-                shown = [cell(difference, half, "+"),
-                         "" if math.isnan(half) else f"{claim}: {seen(difference, half, claim)}"]
+            line, half = markdown(done, table, row, other, seeds)
+            lines.append(line)
+            if not math.isnan(half):
                 halves[table.modality, frozenset((row.runs, other))] = half
-            figures = row.paper or " / ".join(f"{value:.2f}" for value in PAPER.get(row.runs, ()))
-            ours = [cell(*mean_and_interval(list(uar(done, row.runs, name).values()))) for name in ("video", "image")]
-            first = ["", "", "", ""] if row.against else [steps(done, row.runs), figures, *ours]
-            label = row.label + (f" ({len(scores)} of {seeds} seeds)" if len(scores) < seeds else "")
-            lines.append("| " + " | ".join([label, *first, *shown]) + " |")
-    halves = [half for half in halves.values() if not math.isnan(half)]
     hours = sum(line["seconds"] for line in done.values()) / 3600
     return "\n".join([
-        "UAR in per cent (WAR is the same, as all classes are equally frequent) at the last epoch, mean of "
-        f"{seeds} seeds ± half of its 95 % t interval. Seed s trains on fold s + 1 and is tested on its 112 clips, "
-        "and on the same 350 images in every seed, of people who are not in training. Differences, row minus reference, "
-        "are paired by seed, on clips unless the title says images. After what the paper says of the difference stands "
-        "whether it is seen here: agrees, disagrees, or open where the interval includes 0, which does not mean equal: "
-        f"half of the intervals are wider than ± {np.median(halves) if halves else math.nan:.1f}, and most of the "
-        "paper's own differences are smaller than 3, without seeds or intervals and at the best epoch. The folds' "
-        "training data overlap by three quarters, which a t interval does not know: it should be up to 1.5 times as "
-        f"wide (Nadeau and Bengio, 2003). Of {len(halves)} comparisons {len(halves) / 20:.1f} would not include 0 by "
-        "chance.",
+        f"UAR in per cent at the last epoch, mean of {seeds} seeds ± half of its 95 % t interval, which allows for the "
+        "overlap of the folds' training data (Nadeau and Bengio, 2003). WAR is the same, as all classes are equally "
+        "frequent. Seed s trains on the training part of fold s + 1 and is tested on its 112 clips; the images, 1,750 "
+        "and 350, are the same in every seed, so that the intervals on images tell nothing of other people.",
         "",
-        f"Budget: {args.epochs[0]} and {args.epochs[1]} epochs for all rows that do not say otherwise, all else the "
-        "defaults of size tiny. Less data means fewer steps (first column: of stages 1 and 2), in the paper too; but "
-        "here every row is trained too little, so more steps help by themselves. Of stage 1's samples 57 % are images, "
-        "in the paper 21 %. All rows that do not say otherwise start from the stage 1 of row 4. "
-        f"{LEFT_OUT} {len(done)} runs, {hours:.1f} hours of training with one thread each.",
+        "Difference: row minus the table's reference (Table VII: minus the row above; 'a against b': a minus b), seed "
+        "by seed, on clips unless the title says images. In the last column, what the paper says of the difference, "
+        "and after the colon what is seen here: agrees, disagrees, or open where the interval includes 0, which does "
+        "not mean equal; where the paper says nothing definite, higher or lower. "
+        + (f"Half of the intervals are wider than ± {np.median(list(halves.values())):.1f}, most of the paper's own "
+           "differences smaller than 3, without seeds or intervals and at the best epoch. If no two runs differed, "
+           f"{len(halves) / 20:.1f} of the {len(halves)} intervals would still exclude 0." if halves else ""),
+        "",
+        f"Budget: {args.epochs[0]} epochs of stage 1 and {args.epochs[1]} of stage 2 for all rows that do not say "
+        "otherwise, all else the defaults of size tiny. Less data means fewer steps (stage 1 + stage 2), in the paper "
+        "too; but here every row is trained too little, so that more steps may help by themselves. In stage 1 of "
+        "images and videos 57 % of the samples are images, in the paper 21 %. Rows that do not say otherwise start "
+        f"from the stage 1 of Table IV's row 4. {LEFT_OUT} {len(done)} runs, {hours:.1f} hours of training with one "
+        "thread each.",
         "",
         "| | steps | paper: FERV39K / DFEW | clips | images | difference | the paper: here |",
         "|---|---|---|---|---|---|---|", *lines])

@@ -889,11 +889,9 @@ def test_a_file_list_is_written_once_and_anew_on_demand(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["synthetic", "--scale", -1], ["synthetic", "--scale", "nan"],
                                        ["show", "--dataset", "synthetic", "--seed", -1]])
-def test_wrong_numbers_are_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys, arguments):
-    monkeypatch.setattr("sys.argv", ["data.py", *map(str, arguments), "--data-root", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        data.main()
-    assert "expected --seed 0 or more and --scale above 0" in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_wrong_numbers_are_refused_before_anything_is_drawn(tmp_path, arguments):
+    text = run_here(tmp_path, "data.py", *arguments, "--data-root", tmp_path, status=2)
+    assert "expected --seed 0 or more and --scale above 0" in text and not list(tmp_path.iterdir())
 
 
 def test_check_says_that_good_data_is_right(faces):

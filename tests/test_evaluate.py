@@ -369,7 +369,7 @@ def test_folds_that_do_not_belong_together_are_refused(runs, faces, tmp_path):
     with pytest.raises(evaluate.CheckpointError, match="was trained on synthetic, not on dfew"):
         evaluate.check_folds(folds, "dfew", faces)
     text = run_here(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds[1:], "--data-root", faces,
-                       status=1)
+                    status=1)
     assert text.splitlines()[-1].startswith("error: --folds lacks fold 1 of synthetic")
 
 
@@ -380,7 +380,7 @@ def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
         load_samples("synthetic", faces, "test").digests())
     write(tmp_path / "best.pt", checkpoint)
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
-                       faces)
+                    faces)
     assert "fingerprint" in text and "recorded 0000000000000000" in text
     assert "best.pt was trained on 7 of the 7 test samples" in text
     assert len(read_csv(tmp_path / "predictions-synthetic.csv")) == 7
@@ -389,22 +389,22 @@ def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
     checkpoint["settings"]["validation"] = 0.2          # then other data than the test fold chose the best epoch
     write(tmp_path / "best.pt", checkpoint)
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root",
-                       faces)
+                    faces)
     assert "fingerprint" not in text and "was trained on 7 of the 7 test samples" in text
 
 
 def test_a_model_of_images_alone_has_no_head_for_clips(faces):
     samples = load_samples("synthetic-unlabelled", faces, "test")
-    with pytest.raises(DataError, match=r"video head knows \[\], but synthetic-unlabelled has \[\]"):
+    with pytest.raises(DataError, match="holds videos, but this model was trained without"):
         evaluate.evaluate(S4D("tiny", IMAGE_CLASSES, []), samples, None, 0)
 
 
 def test_fold_is_that_of_the_set_with_folds(runs, faces, tmp_path):
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
-                       3, "--output", "out")
+                    3, "--output", "out")
     assert "synthetic, fold 3: 7 test samples" in text and "synthetic-images: 14 test samples" in text
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
-                       3, "--dataset", "synthetic-images", status=1)
+                    3, "--dataset", "synthetic-images", status=1)
     assert "fold 3 of synthetic-images: expected 1 to 1" in text
 
 
@@ -517,15 +517,15 @@ def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, faces, tm
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     clip = load_samples("synthetic", faces, "test").path(0)
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", "out", clip,
-                       "broken.mp4", status=1)
-    assert "broken.mp4 cannot be decoded" in text and "Traceback" not in text and not (tmp_path / "out").exists()
+                    "broken.mp4", status=1)
+    assert "broken.mp4 cannot be decoded" in text and not (tmp_path / "out").exists()
     with pytest.raises(DataError, match=f"{clip}, 64 x 64 pixels, does not hold --crop 40,0,40,20"):
         frames_in(clip, "video", (40, 0, 40, 20))
 
 
 def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, faces, tmp_path):
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "pre.pt", "--data-root", faces, "--report",
-                       "shown")
+                    "shown")
     assert "90% masked" in text and "95% masked" in text
     results = json.loads((tmp_path / "shown/evaluation.json").read_text())["reconstruction"]
     assert set(results) == {"synthetic-images", "synthetic-unlabelled"}
@@ -543,8 +543,5 @@ def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, faces, tmp_p
     (["--checkpoint", "a.pt", "--crop", "1,2,3,4"], "--crop cuts the face out of FILE"),
     (["--checkpoint", "a.pt", "--report", str(ROOT)], "the README.md there is not a report's"),
     (["--checkpoint", "a.pt", "--crop", "1,2,3", "clip.mp4"], "expected x,y,w,h")])
-def test_wrong_commands_say_what_they_expect(monkeypatch, capsys, arguments, expected):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
-    with pytest.raises(SystemExit):
-        evaluate.main()
-    assert expected in capsys.readouterr().err
+def test_wrong_commands_say_what_they_expect(tmp_path, arguments, expected):
+    assert expected in run_here(tmp_path, "evaluate.py", *arguments, status=2)

@@ -38,7 +38,7 @@ def stage1(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_every_system_of_the_paper_trains(monkeypatch, tmp_path, faces, stage1, command):
+def test_every_system_of_the_paper_trains(tmp_path, faces, stage1, command):
     """The README's command on synthetic faces and the tiny size, for two short epochs."""
     script, *arguments = shlex.split(command)
     replaced = {"dfew": "synthetic", "voxceleb2": "synthetic", "6,7,8,9,10,11": "2,3", "8,9,10,11": "3"}
@@ -50,7 +50,7 @@ def test_every_system_of_the_paper_trains(monkeypatch, tmp_path, faces, stage1, 
     if script == "finetune.py" and "--pretrained none" not in command:
         arguments += ["--pretrained", stage1]
     module = {"pretrain.py": pretrain, "finetune.py": finetune}[script]
-    quick(monkeypatch, module, *arguments, "--data-root", faces, "--output", tmp_path, "--epochs", 2, "--workers", 0,
+    quick(module, *arguments, "--data-root", faces, "--output", tmp_path, "--epochs", 2, "--workers", 0,
           "--batch-size", 16)
     first, record = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(first["losses"] + record["losses"]) >= 2 and all(loss is not None for loss in record["loss"].values())
@@ -63,7 +63,8 @@ def test_positions_of_table_8():
     expected = dict(none=[], early=[0, 1, 2, 3, 4, 5], middle=[3, 4, 5, 6, 7, 8], later=[6, 7, 8, 9, 10, 11],
                     alternate=[1, 3, 5, 7, 9, 11])
     assert {name: finetune.layers_with_experts(name, 12) for name in expected} == expected
-    assert finetune.layers_with_experts("5,0,5", 12) == [0, 5]
+    assert finetune.layers_with_experts("0,5", 12) == [0, 5]
+    assert S4D("tiny", CLASSES, CLASSES, moae_layers=[3, 0, 3]).architecture["moae_layers"] == [0, 3]
     with pytest.raises(model.SettingError, match="last"):
         finetune.layers_with_experts("last", 12)
 
@@ -85,7 +86,7 @@ def test_vit_moe_is_equation_7_over_ffns_and_starts_as_the_pretrained_ffn(stage1
 
 @pytest.mark.parametrize("settings", [{}, dict(expert="ffn"), dict(experts=32, k=1), dict(sigma=0.5)])
 def test_every_parameter_has_a_gradient_path_in_every_batch(settings):
-    """So DDP finds all gradients without find_unused_parameters, also of experts and heads that the batch leaves out."""
+    """So DDP finds all gradients without find_unused_parameters, also of experts and heads that a batch leaves out."""
     joint = finetune.JointLoss(S4D("tiny", CLASSES, CLASSES, **settings)).train()
     for x in (torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8),
               torch.randint(256, (2, 4, 3, 48, 48), dtype=torch.uint8)):
@@ -176,13 +177,13 @@ def test_a_released_classifier_gives_the_released_models_logits(tmp_path, prefix
         torch.testing.assert_close(loaded(x), torch.stack(expected), rtol=1e-5, atol=1e-5)  # fp32 position table
 
 
-def test_a_released_classifier_is_evaluated_in_the_catalogues_label_order(monkeypatch, tmp_path, faces, capsys):
+def test_a_released_classifier_is_evaluated_in_the_catalogues_label_order(tmp_path, faces, capsys):
     torch.save({"model": S4D("tiny", range(7), range(7), residual=False).state_dict()}, tmp_path / "s4d.pt")
     arguments = ["--checkpoint", tmp_path / "s4d.pt", "--data-root", faces, "--workers", 0]
-    quick(monkeypatch, evaluate, *arguments, "--dataset", "synthetic")
+    quick(evaluate, *arguments, "--dataset", "synthetic")
     assert "synthetic, fold 1: 7 test samples" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="give --dataset"):
-        quick(monkeypatch, evaluate, *arguments)
+        quick(evaluate, *arguments)
 
 
 def test_a_fine_tuned_file_does_not_start_a_model_of_another_function(tmp_path):
@@ -193,11 +194,11 @@ def test_a_fine_tuned_file_does_not_start_a_model_of_another_function(tmp_path):
     initialise(fitting, read_checkpoint(tmp_path / "s4d.pt"), "s4d.pt")
 
 
-def test_a_fine_tuned_file_starts_another_fine_tuning_without_a_flag(monkeypatch, tmp_path, faces, capsys):
+def test_a_fine_tuned_file_starts_another_fine_tuning_without_a_flag(tmp_path, faces, capsys):
     """With the file's experts; its image head fits and its video head, of three classes, does not."""
     source = S4D("tiny", range(7), CLASSES, experts=4, residual=False, moae_layers=[3])
     torch.save({"model": source.state_dict()}, tmp_path / "s4d.pt")
-    quick(monkeypatch, finetune, "--dataset", "synthetic", "--data-root", faces, "--workers", 0, "--epochs", 1,
+    quick(finetune, "--dataset", "synthetic", "--data-root", faces, "--workers", 0, "--epochs", 1,
           "--pretrained", tmp_path / "s4d.pt", "--output", tmp_path / "run")
     architecture = torch.load(tmp_path / "run/last.pt", weights_only=True)["architecture"]
     assert architecture["experts"] == 4 and architecture["residual"] is False and architecture["moae_layers"] == [3]
@@ -241,8 +242,8 @@ def test_a_pickled_namespace_is_refused_with_the_way_to_convert_it(tmp_path):
         load_checkpoint(tmp_path / "old.pt")
 
 
-def test_export_writes_the_released_names(monkeypatch, tmp_path, stage1):
-    quick(monkeypatch, model, "--export", stage1, tmp_path / "export.pt")
+def test_export_writes_the_released_names(tmp_path, stage1):
+    quick(model, "--export", stage1, tmp_path / "export.pt")
     exported = torch.load(tmp_path / "export.pt", weights_only=True)
     assert exported.keys() == {"model"}
     assert exported["model"]["encoder.patch_embed.proj.weight"].shape == (128, 3, 2, 8, 8)

@@ -41,10 +41,8 @@ def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, faces):
 def run(tmp_path_factory, faces):
     """A finished run of stage 1 and one of stage 2, three and two epochs long."""
     folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for script, command, length in ((pretrain, STAGE_1, 3), (finetune, STAGE_2, 2)):
-            quick(monkeypatch, script, *command[1:], "--data-root", faces, "--epochs", length, "--output",
-                  folder / command[0])
+    for script, command, length in ((pretrain, STAGE_1, 3), (finetune, STAGE_2, 2)):
+        quick(script, *command[1:], "--data-root", faces, "--epochs", length, "--output", folder / command[0])
     return folder
 
 
@@ -117,74 +115,80 @@ def test_a_checkpoint_says_where_it_comes_from(run, faces):
     (["--lr", 0.5], "was trained with --lr 0.024, not 0.5"),
     (["--image-dataset", "none"], "--image-dataset None, not none"),
 ])
-def test_other_settings_are_refused(monkeypatch, run, faces, more, message):
+def test_other_settings_are_refused(run, faces, more, message):
     with pytest.raises(model.CheckpointError, match=message):
-        quick(monkeypatch, pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output",
+        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output",
               run / "pretrain.py", *more)
 
 
-def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(monkeypatch, run, faces, tmp_path, capsys):
+def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(run, faces, tmp_path, capsys):
     shutil.copytree(faces / "synthetic", tmp_path / "synthetic")
     command = [*STAGE_2[1:], "--epochs", 2, "--output", run / "finetune.py", "--data-root", tmp_path]
-    quick(monkeypatch, finetune, *command)
+    quick(finetune, *command)
     assert "resumed from" in capsys.readouterr().out
     split = tmp_path / "synthetic/AffectNet/train_affectnet7.txt"
     split.write_text("".join(split.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(model.CheckpointError, match=r"belongs to other data: its image train data were 105 samples.* "
                                                     r"now they are 104"):
-        quick(monkeypatch, finetune, *command)
+        quick(finetune, *command)
 
 
 def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
     shutil.copytree(run / "pretrain.py", tmp_path / "run")
-    (tmp_path / "run/last.pt").unlink()     # one epoch to go from previous.pt
+    checkpoint = torch.load(tmp_path / "run/previous.pt", weights_only=True)
+    checkpoint["progress"] |= dict(pretrain.new_epoch(), epoch=2)  # one epoch to go, whatever the weights
+    torch.save(checkpoint, tmp_path / "run/last.pt")
+    shutil.copytree(tmp_path / "run", tmp_path / "one")
+    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "one")
     text = run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
                        processes=2)
     assert "1 processes then, 2 now: the samples of every step, their crops, masks and noise stay the same" in text
-    assert losses(tmp_path / "run") == losses(run / "pretrain.py")
+    assert len(losses(tmp_path / "run")) == len(losses(run / "pretrain.py"))
+    assert [loss for _, loss in losses(tmp_path / "run")] == pytest.approx(
+        [loss for _, loss in losses(tmp_path / "one")], rel=2e-3)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(monkeypatch, run, faces, tmp_path, capsys):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(run, faces, tmp_path, capsys):
     folder = copy(run, tmp_path / "run", "pretrain.py")
     whole = bytearray((folder / "last.pt").read_bytes())
     whole[len(whole) // 2] ^= 1             # one wrong bit in a weight
     (folder / "last.pt").write_bytes(whole)
     command = [*STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder]
-    quick(monkeypatch, pretrain, *command)
+    quick(pretrain, *command)
     printed = capsys.readouterr()
     assert "is damaged: the checksum of its part" in printed.err and "the checkpoint before it is taken" in printed.err
     assert not differences(run / "pretrain.py", folder)
     for name in ("last.pt", "previous.pt"):
         (folder / name).write_bytes(whole[:1000])
     with pytest.raises(model.DamagedError, match="previous.pt cannot be read"):
-        quick(monkeypatch, pretrain, *command)
+        quick(pretrain, *command)
 
 
-def test_what_is_no_run_to_continue_is_said_in_a_line(monkeypatch, run, faces, tmp_path):
+def test_what_is_no_run_to_continue_is_said_in_a_line(run, faces, tmp_path):
     command = [*STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output"]
     folder = copy(run, tmp_path / "bare", "pretrain.py")
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
     del checkpoint["optimizer"]
     torch.save(checkpoint, folder / "last.pt")
     with pytest.raises(model.CheckpointError, match="no checkpoint of pretrain to continue from.*lacks optimizer"):
-        quick(monkeypatch, pretrain, *command, folder)
+        quick(pretrain, *command, folder)
     with pytest.raises(model.CheckpointError, match="no checkpoint of pretrain to continue from: it is of finetune"):
-        quick(monkeypatch, pretrain, *command, run / "finetune.py")
+        quick(pretrain, *command, run / "finetune.py")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(model.CheckpointError, match="folder .*file cannot be written"):
-        quick(monkeypatch, pretrain, *command, tmp_path / "file")
+        quick(pretrain, *command, tmp_path / "file")
 
 
-def test_a_lost_log_is_said_and_begun_anew(monkeypatch, run, faces, tmp_path, capsys):
+def test_a_lost_log_is_said_and_begun_anew(run, faces, tmp_path, capsys):
     shutil.copytree(run / "pretrain.py", tmp_path / "run")
     (tmp_path / "run/last.pt").unlink()
     (tmp_path / "run/log.jsonl").unlink()
-    quick(monkeypatch, pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run")
+    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run")
     assert "holds 0 of 2 epochs; the others are lost" in capsys.readouterr().out
     assert [record["epoch"] for record in epochs(tmp_path / "run")] == [3]
 
 
-def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(monkeypatch, run, faces, tmp_path):
+def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(run, faces, tmp_path):
     shutil.copytree(run / "pretrain.py", tmp_path / "run")
     (tmp_path / "run/last.pt").rename(tmp_path / "run/previous.pt")
     before = (tmp_path / "run/previous.pt").read_bytes()
@@ -194,16 +198,16 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(monkeypatch, run, 
     before = (tmp_path / "run/last.pt").read_bytes()
     (tmp_path / "run/last.pt.part").symlink_to("/dev/full")  # every write to it fails as on a full disk
     with pytest.raises(model.CheckpointError, match=r"last.pt cannot be written: .*No space left .*MB are free"):
-        quick(monkeypatch, pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run")
+        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run")
     assert (tmp_path / "run/last.pt").read_bytes() == before and not list((tmp_path / "run").glob("*.part"))
 
 
 # ------------------------------------------------------------------------------------------- processes, losses, data
 
-def test_four_processes_do_what_one_does(monkeypatch, tmp_path, faces):
+def test_four_processes_do_what_one_does(tmp_path, faces):
     """Two micro-batches of clips and of images in a step: fewer than processes, and of different sizes."""
     command = [*STAGE_2, "--data-root", faces, "--epochs", 2, "--micro-batch", 4, "--image-batch-size", 12, "--output"]
-    quick(monkeypatch, finetune, *command[1:], tmp_path / "1")
+    quick(finetune, *command[1:], tmp_path / "1")
     run_command(tmp_path, *command, tmp_path / "4", processes=4)
     one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
     assert [source for source, _ in one] == [source for source, _ in four]
@@ -232,9 +236,9 @@ pretrain.main()
 
 @pytest.mark.parametrize("script, command", [(pretrain, STAGE_1),
                                              (finetune, [*STAGE_2, "--mixing", 1, "--augment", "paper"])])
-def test_the_number_of_loading_workers_changes_nothing(monkeypatch, tmp_path, faces, script, command):
+def test_the_number_of_loading_workers_changes_nothing(tmp_path, faces, script, command):
     for workers in (0, 1, 2):
-        quick(monkeypatch, script, *command[1:], "--data-root", faces, "--epochs", 1, "--output",
+        quick(script, *command[1:], "--data-root", faces, "--epochs", 1, "--output",
               tmp_path / str(workers), "--workers", workers)
     assert not differences(tmp_path / "0", tmp_path / "1") and not differences(tmp_path / "0", tmp_path / "2")
 
@@ -253,10 +257,10 @@ def test_a_process_that_fails_ends_all_with_its_own_message_first(tmp_path, face
 
 @pytest.mark.parametrize("command", [[*STAGE_1, "--lr", 1e30, "--warmup", 0],
                                      [*STAGE_2, "--lr", 1e30, "--warmup-epochs", 0]])
-def test_a_loss_that_is_not_finite_stops_naming_step_and_files(monkeypatch, tmp_path, faces, command):
+def test_a_loss_that_is_not_finite_stops_naming_step_and_files(tmp_path, faces, command):
     script = {"pretrain.py": pretrain, "finetune.py": finetune}[command[0]]
     with pytest.raises(pretrain.NotFinite, match=r"at step \d, epoch 1, a batch of (images|videos)s?: .*\.(jpg|mp4)"):
-        quick(monkeypatch, script, *command[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
+        quick(script, *command[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
               "--save-minutes", 0)
     for name in ("last.pt", "previous.pt"):
         if (tmp_path / "run" / name).exists():
@@ -287,30 +291,30 @@ def relabelled(lines: list[str], separator: str, label: int | None) -> list[str]
     (1, 1, None, []), (2, 3, None, ["--mixing", 1, "--augment", "paper"]), (3, 5, 3, ["--balance", 0.01]),
     (3, 1, None, ["--image-dataset", "none"]), (1, 20, None, ["--dataset", "none", "--size", "tiny", "--image-dataset",
                                                               "synthetic-images"])])
-def test_few_samples_and_one_class_train_and_test(monkeypatch, tmp_path, faces, capsys, clips, images, label, more):
+def test_few_samples_and_one_class_train_and_test(tmp_path, faces, capsys, clips, images, label, more):
     root = small_data(faces, tmp_path, clips, images, label)
     for script, command, more in ((pretrain, STAGE_1, [m for m in more if m not in ("--mixing", 1, "--augment", "paper",
                                                                                       "--balance", 0.01)]),
                                   (finetune, STAGE_2, more)):
-        quick(monkeypatch, script, *command[1:], "--data-root", root, "--epochs", 2, "--workers", 0, "--output",
+        quick(script, *command[1:], "--data-root", root, "--epochs", 2, "--workers", 0, "--output",
               tmp_path / script.__name__, *more)
         assert all(loss > 0 for _, loss in losses(tmp_path / script.__name__))
     assert "UAR" in capsys.readouterr().out
 
 
-def test_an_empty_test_fold_is_said_before_training(monkeypatch, tmp_path, faces):
+def test_an_empty_test_fold_is_said_before_training(tmp_path, faces):
     root = small_data(faces, tmp_path, 3, 3)
     path = root / "synthetic/DFEW/EmoLabel_DataSplit/test(single-labeled)/test_set_1.csv"
     path.write_text("video_name,label\n")
     with pytest.raises(data.DataError, match="test_set_1.csv holds no samples"):
-        quick(monkeypatch, finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run")
+        quick(finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_more_validation_data_than_a_class_has_samples_is_said(monkeypatch, tmp_path, faces):
+def test_more_validation_data_than_a_class_has_samples_is_said(tmp_path, faces):
     root = small_data(faces, tmp_path, 1, 1)
     with pytest.raises(data.DataError, match="--validation 0.2 of the 1 samples .* leaves none to hold out"):
-        quick(monkeypatch, finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run", "--validation",
+        quick(finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run", "--validation",
               0.2)
 
 

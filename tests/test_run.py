@@ -1,5 +1,5 @@
-"""The real commands, as a user runs them: both stages and the evaluation, alone and as two processes, and what they
-say when something is wrong."""
+"""The real commands: both stages and the evaluation, as a user runs them, alone and as two processes, and what they say
+when something is wrong."""
 import json
 import shutil
 

@@ -17,9 +17,8 @@ import pretrain
 from data import load_samples
 
 
-def arguments(monkeypatch, *given):
-    monkeypatch.setattr("sys.argv", ["study.py", *map(str, given)])
-    return study.settings().parse_args()
+def arguments(*given):
+    return study.settings().parse_args([str(value) for value in given])
 
 
 def parsed(task):
@@ -28,9 +27,10 @@ def parsed(task):
     return script, vars(pretrain.parse(script.settings(), script.TINY, task.command[2:]))
 
 
-def test_every_row_is_one_run_of_a_seed_and_no_two_runs_are_the_same(monkeypatch, tmp_path):
-    tasks = study.plan(arguments(monkeypatch, "--seeds", 2, "--output", tmp_path))
-    named = {run for table in study.TABLES for row in table.rows for run in row.runs.split() if run not in "+-"}
+def test_every_row_is_one_run_of_a_seed_and_no_two_runs_are_the_same(tmp_path):
+    tasks = study.plan(arguments("--seeds", 2, "--output", tmp_path))
+    named = {run for table in study.TABLES for row in table.rows
+             for run in f"{row.runs} {row.against} {table.reference}".split() if run != "-"}
     assert named == set(study.STAGE_2), "a row without a run, or the reverse"
     assert set(study.PAPER) < named
     seen = set()
@@ -46,8 +46,8 @@ def test_every_row_is_one_run_of_a_seed_and_no_two_runs_are_the_same(monkeypatch
     assert len(seen) == len(tasks)
 
 
-def test_runs_of_as_many_steps_as_joint_have_them(monkeypatch):
-    tasks = {task.name: parsed(task)[1] for task in study.plan(arguments(monkeypatch, "--seeds", 1))}
+def test_runs_of_as_many_steps_as_joint_have_them():
+    tasks = {task.name: parsed(task)[1] for task in study.plan(arguments("--seeds", 1))}
 
     def steps(name, clips):
         settings = tasks[f"finetune-{name}"]
@@ -74,7 +74,8 @@ def test_half_of_the_clips_are_those_of_every_second_person(tmp_path, faces):
 
 def line(task, seed, video, image=None):
     scores = {"video": video} | ({} if image is None else {"image": image})
-    return (task, seed), dict(task=task, seed=seed, flags="", steps=1480, seconds=1, uar=scores, war=scores)
+    count = 3234 if task.startswith("pretrain") else 480
+    return (task, seed), dict(task=task, seed=seed, flags="", steps=count, seconds=3600, uar=scores, war=scores)
 
 
 def test_differences_are_paired_and_have_a_t_interval():
@@ -83,49 +84,61 @@ def test_differences_are_paired_and_have_a_t_interval():
     better, worse = 0.6 + fold + rng.normal(0, 0.01, 5), 0.5 + fold + rng.normal(0, 0.01, 5)
     done = dict([line("finetune-s4d", seed, value) for seed, value in enumerate(better)]
                 + [line("finetune-early", seed, value) for seed, value in enumerate(worse)])
-    mean, half = study.mean_and_interval(list(study.uar(done, "early - s4d", "video").values()))
+    mean, half = study.mean_and_interval(study.uar(done, "early - s4d", "video").values())
     differences = 100 * (worse - better)
     assert mean == pytest.approx(differences.mean())
-    assert half == pytest.approx(2.776 * np.sqrt(((differences - mean) ** 2).sum() / 4 / 5), rel=1e-3)
-    of_one = study.mean_and_interval(list(study.uar(done, "early", "video").values()))[1]
+    variance = ((differences - mean) ** 2).sum() / 4
+    assert half == pytest.approx(2.776 * np.sqrt((1 / 5 + 112 / 448) * variance), rel=1e-3)
+    of_one = study.mean_and_interval(study.uar(done, "early", "video").values())[1]
     assert half < of_one / 5, "the folds' difficulty cancels out"
     assert math.isnan(study.mean_and_interval([1.0])[1]) and math.isnan(study.mean_and_interval([])[0])
     del done["finetune-s4d", 3]
-    assert list(study.uar(done, study.minus("early", "s4d - early"), "video")) == [0, 1, 2, 4]
-    assert study.uar(done, study.minus("early", "s4d - early"), "video")[2] == pytest.approx(
-        100 * (2 * worse[2] - better[2]))
+    gain = study.minus(study.uar(done, "early", "video"), study.uar(done, "s4d - early", "video"))
+    assert list(gain) == [0, 1, 2, 4] and gain[2] == pytest.approx(100 * (2 * worse[2] - better[2]))
 
 
-@pytest.mark.parametrize("low, high", [([0.4, 0.41, 0.41], [0.6, 0.61, 0.6]), ([0.6, 0.5, 0.7], [0.5, 0.6, 0.7])])
-def test_the_table_says_whether_the_papers_ordering_appears(monkeypatch, low, high):
+@pytest.mark.parametrize("low, high, told", [([0.4, 0.41, 0.41], [0.6, 0.61, 0.6], "as the paper"),
+                                             ([0.6, 0.61, 0.6], [0.4, 0.41, 0.41], "the reverse"),
+                                             ([0.6, 0.5, 0.7], [0.5, 0.6, 0.7], "nothing")])
+def test_the_table_says_whether_the_papers_ordering_appears(low, high, told):
+    """Rows that the paper has below the others get `low`; on images every score is 1 minus that on clips."""
     done = dict([line("pretrain-dual", 0, 0)] + [
-        line(f"finetune-{run}", seed, value, value) for values, runs in (
-            (low, ("scratch", "early", "no-residual", "dynamic", "vit", "half-joint")),
-            (high, ("s4d", "from-images", "images-1", "experts-2", "vit-mtl", "half-dynamic-longer")))
+        line(f"finetune-{run}", seed, value, 1 - value) for values, runs in (
+            (low, ("scratch", "early", "no-residual", "dynamic", "vit", "half-joint", "static")),
+            (high, ("s4d", "from-images", "experts-2", "vit-mtl", "half-dynamic-longer")))
         for run in runs for seed, value in enumerate(values)])
-    for seed, value in enumerate(low):      # s4d - dynamic-longer is half-joint - half-dynamic-longer
+    for seed, value in enumerate(low):      # s4d - dynamic-longer is half-joint - half-dynamic-longer but for a little
         done |= [line("finetune-dynamic-longer", seed, 2 * high[seed] - low[seed] + (seed - 1) / 100)]
         done |= [line("finetune-images-1", seed, 2 * high[seed] - value)]
-    table = [[cell.strip() for cell in row.split("|")[1:-1]]
-             for row in study.report(arguments(monkeypatch), done).splitlines() if row.startswith("|")]
+    del done["finetune-vit", 2]
+    text = study.report(arguments(), done)
+    assert "mean of 3 seeds" in text and "14 epochs of stage 1 and 8 of stage 2" in text
+    assert "42 runs, 42.0 hours" in text
+    # Tables IV 3, V 3, VI 2 + 2 + 1, VII 1, VIII 1, Figs. 3a 1, 3d 1, Eq. (8) 1; three more pairs stand there twice
+    assert "0.8 of the 16 intervals" in text
+    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
     assert {len(row) for row in table} == {7}
-    told = low[0] < high[0]
 
     def cells(label):
         return next(row for row in table if row[0] == label)
     difference = 100 * np.subtract(low, high)
-    assert cells("early")[1:4] == ["1,480 + 1,480", "43.15 / 67.93", cells("early")[4]]
-    assert cells("early")[3].startswith(f"{100 * np.mean(low):.1f} ± ")
-    assert cells("early")[5].startswith(f"{difference.mean():+.1f} ± ".replace("-", "−"))
-    for label, claim, here in (
-            ("early", "lower", "agrees"), ("clips only", "lower", "agrees"), ("without", "no claim", "lower"),
-            ("2 against 1", "higher", "agrees"), ("7 against 6", "its data sets differ", "higher"),
-            ("2, both always chosen", "lower", "open"), ("1", "not higher", "**disagrees**"),
-            ("clips only, as many steps as joint", "no claim", "higher"),
-            ("joint's gain, against that with all clips", "no claim", "open")):
-        assert cells(label)[6] == f"{claim}: {here if told else 'open'}", label
-    assert cells("later")[6] == "reference" and cells("1 none")[1].startswith("0 + ")
-    assert cells("middle (0 of 3 seeds)")[3:] == [""] * 4
+    assert cells("early")[1:3] == ["3,234 + 480", "43.15 / 67.93"] and cells("1 none")[1] == "0 + 480"
+    for column, values in ((3, low), (4, 1 - np.array(low))):
+        assert cells("early")[column].startswith(f"{100 * np.mean(values):.1f} ± ")
+    for label, mean in (("early", difference.mean()), ("images only, half of them an epoch, as in joint",
+                                                       -difference.mean())):
+        assert told == "nothing" or cells(label)[5].startswith(f"{mean:+.1f} ± ".replace("-", "−"))
+    for label, claim, as_the_paper, reverse in (
+            ("early", "lower", "agrees", "**disagrees**"), ("clips only", "lower", "agrees", "**disagrees**"),
+            ("2 against 1", "higher", "agrees", "**disagrees**"), ("1", "not higher", "**disagrees**", "agrees"),
+            ("7 against 6 (2 of 3 seeds)", "its data sets differ", "higher", "lower"),
+            ("clips only, as many steps as joint", "no claim", "higher", "lower"),
+            ("images only, half of them an epoch, as in joint", "depends on the epoch", "higher", "lower"),
+            ("2, both always chosen", "lower", "open", "open"), ("without", "no claim", "lower", "higher"),
+            ("joint's gain, against that with all clips", "no claim", "open", "open")):
+        here = {"as the paper": as_the_paper, "the reverse": reverse, "nothing": "open"}[told]
+        assert cells(label)[6] == f"{claim}: {here}", label
+    assert cells("later")[6] == "reference" and cells("middle (0 of 3 seeds)")[3:] == [""] * 4
 
 
 def test_a_study_goes_on_where_it_was_interrupted(tmp_path, faces):
@@ -151,5 +164,6 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path, faces):
     assert s4d["uar"] == {name: scores["uar"] for name, scores in logged["test"].items()}
     assert f"{100 * s4d['uar']['image']:.1f}" in second.stdout and "finetune" not in second.stdout
 
-    other = subprocess.run([*command, "--table", "--epochs", "2", "1"], cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 1 and "holds pretrain-dual of seed 0 with --dataset synthetic" in other.stderr
+    given = arguments(*command[2:], "--epochs", 2, 1, "--output", results.parent)
+    with pytest.raises(SystemExit, match="holds pretrain-dual of seed 0 with --dataset synthetic .* not --dataset"):
+        study.finished(given, study.plan(given))
