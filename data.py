@@ -1390,8 +1390,7 @@ def write_synthetic(root: Path, seed: int = 0, scale: float = 1.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")  # "spawn" would import torch once more in every worker
     with ProcessPoolExecutor(mp_context=context) as pool:
-        for _ in tqdm(pool.map(write_file, files, chunksize=8), total=len(files), desc="synthetic faces"):
-            pass
+        list(tqdm(pool.map(write_file, files, chunksize=8), total=len(files), desc="synthetic faces"))
     write_labels(temporary, files)
     temporary.rename(root)
 

@@ -628,9 +628,8 @@ def describe(run: Run, args, model: nn.Module, sources: dict[str, Source], steps
     if not run.main:
         return
     parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{args.size} model, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {run.world} "
-          f"process{'es' if run.world > 1 else ''} on {run.device.type}, {str(run.dtype).removeprefix('torch.')}")
+    print(f"{args.size} model, {parameters / 1e6:.2f} M parameters; {run.world} process{'es' if run.world > 1 else ''} "
+          f"on {run.device.type}, {str(run.dtype).removeprefix('torch.')}")
     for name, source in sources.items():
         samples = source.samples
         print(f"{name}s: {len(samples)} of {samples.name} in {samples.root}, stride {samples.stride}; a step takes "

@@ -43,7 +43,7 @@ def runs(tmp_path_factory, faces):
 
 def test_both_stages_run_and_say_what_they_derived(runs):
     _, printed = runs
-    for expected in ("M parameters", "M trained", "peak learning rate", "micro-batches of 8",
+    for expected in ("M parameters; 1 process on", "peak learning rate", "micro-batches of 8",
                      "'video': 273", "'image': 32"):
         assert expected in printed["pretrain", 1]
     for expected in ("made new: blocks.*.moe_layer", "dropped: decoder", "labels run from 0 to 6", "last epoch",
