@@ -30,7 +30,7 @@ def test_options_in_the_readme_exist():
     import pretrain
     known = {option for script in (evaluate, finetune, pretrain) for action in script.settings()._actions
              for option in action.option_strings}
-    known |= {"--scale", "--mask", "--export", "--picture"}  # of data.py, model.py and tests/benchmark.py
+    known |= {"--scale", "--mask", "--export", "--picture", "--plan"}  # of data.py, model.py and tests/
     torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts"}
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
     assert used <= known | torchrun, used - known
