@@ -4,7 +4,7 @@ It reads in the order of a report: one pass over a data set yields predictions, 
 these follow metrics (Tables II, III, VI, Fig. 7), folds, cross-task results (Table IX), class centres (Fig. 4) and
 experts (Fig. 5). Then attention (Fig. 6), reconstructions of stage 1, own media, drawing, and the report of it all.
 
-    python evaluate.py --checkpoint runs/dfew/fold1/best.pt                 on the test data of its own fold
+    python evaluate.py --checkpoint runs/dfew/fold1/last.pt                 on the test data of its own fold
     python evaluate.py --dataset dfew --folds runs/dfew/*/last.pt           the five folds' predictions as one
     python evaluate.py --checkpoint runs/dfew/fold1/last.pt --report out    all tables and figures, with an index
     python evaluate.py --checkpoint runs/dfew/fold1/last.pt FILE ...        on videos, images, folders of frames
@@ -483,7 +483,7 @@ def report_media(args, run: Run, model: S4D, checkpoint: dict, paths: list[Path]
                             f"{list(model.head)}")
     totals = {file: frames_in(file, source, args.crop) for source, mine in groups.items() for file in mine}
     trained = checkpoint.get("settings", {}).get("videos", "none")
-    stride = stride_for(checkpoint, "") or OWN_DATA_STRIDE
+    stride = stride_for(checkpoint, "one's own") or OWN_DATA_STRIDE
     for source, mine in groups.items():
         if not mine:
             continue
