@@ -275,9 +275,9 @@ def test_own_clips_through_stage_2_and_evaluation(faces, tmp_path):
     text = run_command(tmp_path, "finetune.py", "--dataset", "learn.csv,held.csv", "--image-dataset", "none", "--size",
                        "tiny", "--epochs", 1, "--warmup-epochs", 0, "--pretrained", "none", "--workers", 1)
     assert "writing to runs/learn/fold1" in text and "0 angry, 1 disgust" in text
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", "runs/learn/fold1/last.pt", "--workers", 1)
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", "runs/learn/fold1/last.pt", "--workers", 1)
     assert "learn.csv,held.csv: 9 test samples" in text
-    text = run_command(tmp_path, "pretrain.py", "--image-dataset", "learn.csv", status=2)
+    text = run_here(tmp_path, "pretrain.py", "--image-dataset", "learn.csv", status=2)
     assert "learn.csv holds videos with labels: expected none, frames" in " ".join(text.split())
 
 

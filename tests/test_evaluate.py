@@ -332,8 +332,8 @@ def read_csv(path):
 
 def test_five_folds_make_one_uar_and_war(runs, faces):
     folds = [runs / f"fold{fold}/best.pt" for fold in (3, 1, 2, 4, 5)]
-    text = run_command(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds, "--data-root", faces,
-                       "--report", runs / "five", "--compare")
+    text = run_here(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds, "--data-root", faces,
+                    "--report", runs / "five", "--compare")
     scores = json.loads((runs / "five/evaluation.json").read_text())["synthetic"]
     rows = read_csv(runs / "five/predictions-synthetic.csv")
     assert len(rows) == len({row["sample"] for row in rows}) == scores["samples"] == 35
@@ -496,7 +496,7 @@ def test_own_media_of_every_kind(runs, faces, tmp_path):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(path)
     (tmp_path / "media/clip.mp4").write_bytes(samples.path(0).read_bytes())
     (tmp_path / "media/photo.jpg").write_bytes(images.path(0).read_bytes())
-    text = run_command(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "media", "--output", "out")
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "media", "--output", "out")
     assert "two clips of 16 frames at stride 2 each as in synthetic" in text
     clips, photos = read_csv(tmp_path / "out/videos.csv"), read_csv(tmp_path / "out/images.csv")
     assert [row["sample"] for row in clips + photos] == ["media/clip.mp4", "media/frames", "media/photo.jpg"]

@@ -36,7 +36,7 @@ def runs(tmp_path_factory, faces):
         printed["pretrain", processes] = run_command(
             folder, "pretrain.py", *SMALL, "--data-root", faces, "--epochs", 2, "--output", pre, processes=processes)
         printed["finetune", processes] = run_command(
-            folder, "finetune.py", *SMALL, "--data-root", faces, "--epochs", 5, "--warmup-epochs", 1,
+            folder, "finetune.py", *SMALL, "--data-root", faces, "--epochs", 3, "--warmup-epochs", 1,
             "--image-batch-size", 16, "--pretrained", folder / "pre1/last.pt", "--output", fine, processes=processes)
     return folder, printed
 
@@ -51,7 +51,7 @@ def test_both_stages_run_and_say_what_they_derived(runs):
         assert expected in printed["finetune", 1]
 
 
-@pytest.mark.parametrize("stage, steps", [("pre", 20), ("fine", 20)])
+@pytest.mark.parametrize("stage, steps", [("pre", 20), ("fine", 12)])
 def test_two_processes_follow_the_losses_of_one(runs, stage, steps):
     folder, _ = runs
     assert_same_losses(losses(folder / f"{stage}1"), losses(folder / f"{stage}2"), steps)
@@ -62,14 +62,14 @@ def test_compiled_layers_follow_the_losses_and_are_compiled_in_the_first_epoch_o
     folder, _ = runs
     monkeypatch.setenv("TORCH_LOGS", "recompiles")
     own = (["--epochs", 2] if stage == "pretrain" else
-           ["--epochs", 5, "--warmup-epochs", 1, "--image-batch-size", 16, "--pretrained", folder / "pre1/last.pt"])
+           ["--epochs", 3, "--warmup-epochs", 1, "--image-batch-size", 16, "--pretrained", folder / "pre1/last.pt"])
     output = run_command(folder, f"{stage}.py", *SMALL, "--data-root", faces, *own, "--compile", "aot_eager",
                          "--output", folder / f"compiled-{stage}")
     first, later = output.split(f"{stage} epoch 2/", 1)
     assert "Recompiling function" in first, "the two kinds of batch have different shapes"
     assert "Recompiling function" not in later and "recompile_limit" not in output
     plain = losses(folder / {"pretrain": "pre1", "finetune": "fine1"}[stage])
-    assert_same_losses(losses(folder / f"compiled-{stage}"), plain)
+    assert_same_losses(losses(folder / f"compiled-{stage}"), plain, {"pretrain": 20, "finetune": 12}[stage])
 
 
 def test_evaluation_by_two_processes_is_exactly_that_of_training_by_one(runs, faces):
@@ -97,15 +97,15 @@ def test_checkpoints_hold_plain_data_and_rebuild_their_module(runs):
 
 def test_a_finished_run_is_not_overwritten(runs, faces):
     folder, _ = runs
-    text = run_command(folder, "pretrain.py", *SMALL, "--data-root", faces, "--output", folder / "pre1", status=1)
+    text = run_here(folder, "pretrain.py", *SMALL, "--data-root", faces, "--output", folder / "pre1", status=1)
     assert "last.pt exists: give --resume" in text
 
 
 def test_validation_data_can_choose_the_best_epoch(runs, faces):
     folder, _ = runs
-    text = run_command(folder, "finetune.py", *SMALL, "--data-root", faces, "--epochs", 1, "--warmup-epochs", 0,
-                       "--validation", 0.25, "--augment", "paper", "--mixing", 1, "--pretrained", "none",
-                       "--output", folder / "held")
+    text = run_here(folder, "finetune.py", *SMALL, "--data-root", faces, "--epochs", 1, "--warmup-epochs", 0,
+                    "--validation", 0.25, "--augment", "paper", "--mixing", 1, "--pretrained", "none",
+                    "--output", folder / "held")
     assert "chosen by WAR on held-out training data" in text and "trained from scratch" in text
     record = json.loads((folder / "held/log.jsonl").read_text())
     assert sum(map(sum, record["validation"]["video"]["confusion"])) == 7 and "test" not in record  # 28 / 4
@@ -133,8 +133,8 @@ def test_wrong_commands_end_in_one_message(tmp_path, faces, status, arguments, e
 
 def test_a_stage_1_checkpoint_is_not_evaluated(runs, faces):
     folder, _ = runs
-    text = run_command(folder, "evaluate.py", "--checkpoint", folder / "pre1/last.pt", "--data-root", faces, status=1)
-    assert "is a stage-1 checkpoint" in text and "Traceback" not in text
+    text = run_here(folder, "evaluate.py", "--checkpoint", folder / "pre1/last.pt", "--data-root", faces, status=1)
+    assert "is a stage-1 checkpoint" in text
 
 
 def test_damaged_data_stops_training_and_evaluation_with_the_files_name(runs, faces, tmp_path):
@@ -143,8 +143,8 @@ def test_damaged_data_stops_training_and_evaluation_with_the_files_name(runs, fa
     for clip in sorted((tmp_path / "synthetic/DFEW/clip_jpg_256").iterdir()):
         clip.write_bytes(clip.read_bytes()[:800])
     command = ["--data-root", tmp_path, "--workers", 1]
-    text = run_command(folder, "evaluate.py", "--checkpoint", folder / "fine1/last.pt", *command, status=1)
-    assert "00001.mp4" in text and "Traceback" not in text
+    text = run_here(folder, "evaluate.py", "--checkpoint", folder / "fine1/last.pt", *command, status=1)
+    assert "00001.mp4" in text
     text = run_command(folder, "finetune.py", "--dataset", "synthetic", *command, "--pretrained", "none", "--output",
                        tmp_path / "run", status=1)
     assert ".mp4" in text and "Traceback" not in text
