@@ -20,6 +20,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, per channel of RGB in [0, 1]
@@ -615,7 +616,8 @@ def multiply_accumulates(source: str, mask_ratio: float) -> tuple[float, float]:
     tokens = model.size.image_tokens if source == "image" else model.size.video_tokens
     mask = torch.arange(tokens)[None] < masked_tokens(tokens, mask_ratio)
     frames = () if source == "image" else (model.size.frames,)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The counter of older versions of torch does not know the fused attention of a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 3, *frames, model.size.pixels, model.size.pixels), mask)
     ours = counter.get_total_flops() / 2    # a multiply-accumulate is two operations
     embedding = model.encoder.patch_embed.proj.weight.numel() * int(mask.sum())
