@@ -3,19 +3,26 @@
 It reads in the order in which data flows: a clip becomes tokens, a layer transforms tokens, the masked autoencoder
 hides most of them and predicts their pixels (Eqs. 1, 2), the gate sends each token to a few adapter experts
 (Eqs. 4-9; a layer with them is Eqs. 10-13), and S4D classifies images and clips with one encoder and two heads.
+On a first reading, stop where the checkpoints begin.
 Equation numbers are those of "Static for Dynamic" (S4D). Parameters carry the names of the released checkpoints.
 
-B batch               T frames, H x W pixels    N tokens, V of them visible, M masked (in Eqs. 1 and 2 M is the mask)
+B batch               T frames, H x W pixels    N tokens, V of them visible, N - V hidden
 d token width         h attention heads         P values in a token's pixels = tubelet * patch * patch * 3
-n experts             k experts per token       r adapter width
+n experts             k experts per token       r hidden width of an adapter
+The paper's mask M is 1 where a token is visible. Ours is called `hidden`: bool, True where a token is hidden.
 """
 import argparse
+import json
+import os
 import pickle
 import re
+import struct
 import zipfile
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +35,8 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 MASK_RATIO = {"image": 0.90, "video": 0.95}  # Section IV-B
 
 
-class SettingError(ValueError):
-    """Settings that make no model; the message names the value and what was expected."""
+class UserError(Exception):
+    """What a user can put right; the message names the file or the setting, its value and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,7 @@ def sincos_table(length: int, width: int) -> torch.Tensor:
     """
     pair = torch.arange(width, dtype=torch.float64) // 2
     angle = torch.arange(length, dtype=torch.float64)[:, None] / 10000 ** (2 * pair / width)
-    table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
-    return table.to(torch.get_default_dtype())
+    return torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos()).float()
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -111,6 +117,13 @@ def in_autocast_precision(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+@cache
+def channel_values(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """A constant per channel, (3,), brought to the device once: a GPU's host would wait for it in every step."""
+    with torch.inference_mode(False):       # whoever asks first: training takes it as well
+        return torch.tensor(values, device=device)
+
+
 class PatchEmbed(nn.Module):
     """Linear embedding of a token's pixels, (B, N, P) -> (B, N, d); weights shaped as the released Conv3d's."""
 
@@ -120,9 +133,17 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, size.width, kernel_size=kernel, stride=kernel)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        # Stride = kernel: the convolution is one matrix product per token, which can leave out the masked tokens.
+        # Stride = kernel: the convolution is one matrix product per token, which can leave out the hidden tokens.
         weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1)         # (d, P), values as in patchify
         return F.linear(patches, weight, self.proj.bias)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax(q k^T / sqrt(d / h)) v, (B, h, N, d / h) each."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        # There torch's fused kernel takes 1.2 to 5 times as long as plain products.
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -142,12 +163,7 @@ class Attention(nn.Module):
         return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, h, N, d / h)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.queries_keys_values(x)
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            # On a CPU the fused kernel takes 1.4 to 10 times as long as plain products in bf16.
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)                     # (B, h, N, d / h)
+        x = attend(*self.queries_keys_values(x))                            # (B, h, N, d / h)
         return self.proj(x.transpose(1, 2).flatten(2))                      # (B, N, d)
 
     def weights(self, x: torch.Tensor) -> torch.Tensor:
@@ -169,23 +185,22 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm ViT layer; with a `moe_layer` beside its FFN it is the MoAE layer of Section III-D, Eqs. (10)-(13).
-
-    ffn=False: the experts replace the FFN instead, as in ViT-MoE, which Table V compares.
+    """A pre-norm ViT layer; with adapters (`moe_layer`) beside its FFN it is the MoAE layer of Section III-D,
+    Eqs. (10)-(13). Experts that are FFNs replace it instead, as in ViT-MoE, which Table V compares.
     """
 
-    def __init__(self, width: int, heads: int, moe_layer: nn.Module | None = None, ffn: bool = True):
+    def __init__(self, width: int, heads: int, moe_layer: "MoE | None" = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width) if ffn else None
+        self.mlp = None if moe_layer is not None and moe_layer.ffn else Mlp(width, 4 * width)
         self.moe_layer = moe_layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Eq. (10): x' = x + MHSA(LayerNorm(x))
         x = x + self.attn(self.norm1(x))                                    # x'   (B, N, d)
-        normed = self.norm2(x)
+        normed = in_autocast_precision(self.norm2(x))
         if self.mlp is None:
             return x + self.moe_layer(normed)
         # Eq. (11): x_g = FFN(LayerNorm(x'))
@@ -201,15 +216,12 @@ class Layer(nn.Module):
 class ViT(nn.Module):
     """Patch embedding and layers. `norm` is stage 1's; stage 2 normalises the mean token instead. No class token."""
 
-    def __init__(self, size: Size, moe_layers: dict[int, nn.Module] | None = None, final_norm: bool = False,
-                 moe_replaces_ffn: bool = False):
+    def __init__(self, size: Size, moe_layers: dict[int, "MoE"], final_norm: bool = False):
         super().__init__()
         self.size = size
         self.patch_embed = PatchEmbed(size)
         self.register_buffer("positions", sincos_table(size.video_tokens, size.width), persistent=False)
-        moe_layers = moe_layers or {}
-        self.blocks = nn.ModuleList(Layer(size.width, size.heads, moe_layers.get(i),
-                                          ffn=not (moe_replaces_ffn and i in moe_layers)) for i in range(size.depth))
+        self.blocks = nn.ModuleList(Layer(size.width, size.heads, moe_layers.get(i)) for i in range(size.depth))
         self.norm = nn.LayerNorm(size.width, eps=1e-6) if final_norm else nn.Identity()
 
     def encode(self, patches: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -223,56 +235,35 @@ class ViT(nn.Module):
 # --------------------------------------------------------------------------- stage 1: masked autoencoder, Section III-B
 
 def masked_tokens(tokens: int, ratio: float) -> int:
-    """floor(ratio * N). SettingError if that leaves no token masked or none visible."""
-    masked = int(ratio * tokens + 1e-9)     # 0.29 * 100 is a little less than 29 in floats
-    if not 0 < masked < tokens:
-        raise SettingError(f"mask ratio {ratio} of {tokens} tokens must leave some masked and some visible")
-    return masked
+    """How many tokens are hidden, floor(ratio * N). UserError if that leaves none hidden or none visible."""
+    count = int(ratio * tokens + 1e-9)      # 0.29 * 100 is a little less than 29 in floats
+    if not 0 < count < tokens:
+        raise UserError(f"mask ratio {ratio} of {tokens} tokens must leave some hidden and some visible")
+    return count
 
 
 def random_mask(batch: int, tokens: int, ratio: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Uniformly random masks (B, N), True = masked, the same number of them True in every sample."""
+    """Uniformly random masks (B, N), True = hidden, the same number of them True in every sample."""
     order = torch.rand(batch, tokens, device=device).argsort(dim=1)
     return order.argsort(dim=1) < masked_tokens(tokens, ratio)              # the argsort of an order: a token's rank
 
 
-def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of each sample: x (B, N, c) or a shared table (N, c), index (B, V) -> (B, V, c)."""
-    if x.ndim == 2:
-        return x[index]
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-class Decoder(nn.Module):
-    """Narrow ViT layers over all tokens, then the pixels of the masked ones."""
-
-    def __init__(self, size: Size):
-        super().__init__()
-        width = size.decoder_width
-        self.blocks = nn.ModuleList(Layer(width, size.decoder_heads) for _ in range(size.decoder_depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, size.tubelet * size.patch ** 2 * 3)
-
-    def forward(self, x: torch.Tensor, masked: int) -> torch.Tensor:
-        """x: (B, N, decoder width), the masked tokens last. Returns (B, M, P)."""
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x[:, -masked:]))
-
-
 class MaskedAutoencoder(nn.Module):
-    """Stage 1: reconstruct the pixels of masked tokens from the few visible ones (Section III-B)."""
+    """Stage 1: reconstruct the pixels of hidden tokens from the few visible ones (Section III-B)."""
 
     def __init__(self, size: str = "base"):
         super().__init__()
         self.architecture = {"size": size}
         self.size = SIZES[size]
-        self.encoder = ViT(self.size, final_norm=True)
+        self.encoder = ViT(self.size, moe_layers={}, final_norm=True)
         self.encoder_to_decoder = nn.Linear(self.size.width, self.size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.size.decoder_width))
-        self.decoder = Decoder(self.size)
-        self.register_buffer("decoder_positions", sincos_table(self.size.video_tokens, self.size.decoder_width),
-                             persistent=False)
+        width = self.size.decoder_width
+        self.register_buffer("decoder_positions", sincos_table(self.size.video_tokens, width), persistent=False)
+        self.decoder = nn.ModuleDict({
+            "blocks": nn.ModuleList(Layer(width, self.size.decoder_heads) for _ in range(self.size.decoder_depth)),
+            "norm": nn.LayerNorm(width, eps=1e-6),
+            "head": nn.Linear(width, self.size.tubelet * self.size.patch ** 2 * 3)})  # P values
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -280,124 +271,142 @@ class MaskedAutoencoder(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, mask_ratio: float | None = None):
-        """Mask, encode what is visible, decode, and compare with what was masked.
+    def forward(self, x: torch.Tensor, hidden: torch.Tensor | None = None, mask_ratio: float | None = None):
+        """Hide tokens, encode what is visible, decode, and compare with what was hidden.
 
-        x: (B, 3, H, W) or (B, 3, T, H, W), normalised with IMAGE_MEAN and IMAGE_STD. mask: bool (B, N), True =
-        masked, the same number in every sample; without one, a random mask of `mask_ratio` (default: the paper's).
-        Returns (loss, pred, mask): a scalar, the masked tokens' predicted pixels (B, M, P) in token order, (B, N).
-        ValueError for a mask of another shape, dtype or with unequal counts.
+        x: (B, 3, H, W) or (B, 3, T, H, W), normalised with IMAGE_MEAN and IMAGE_STD. hidden: bool (B, N), the same
+        number True in every sample; without it, a random mask of `mask_ratio` (default: the paper's) is drawn.
+        Returns (loss, pred, hidden): a scalar, the hidden tokens' predicted pixels (B, N - V, P) in token order, and
+        the mask. ValueError for a mask of another shape, dtype or with unequal counts.
         """
         patches = patchify(x, self.size)                                    # (B, N, P)
         batch, tokens = patches.shape[:2]
-        if mask is None:
+        if hidden is None:
             ratio = MASK_RATIO[modality(x)] if mask_ratio is None else mask_ratio
-            mask = random_mask(batch, tokens, ratio, device=x.device)
-        if mask.shape != (batch, tokens) or mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool {(batch, tokens)}, got {mask.dtype} {tuple(mask.shape)}")
-        masked = int(mask[0].sum())
-        if not 0 < masked < tokens or not bool((mask.sum(1) == masked).all()):
-            raise ValueError("every sample must have the same number of masked tokens, and some of both kinds")
-        # Visible tokens first, then masked ones, each in token order. The paper's M is 1 where a token is visible;
-        # ours is True where it is masked.
-        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-        visible, hidden = order[:, :tokens - masked], order[:, tokens - masked:]  # (B, V), (B, M)
+            hidden, count = random_mask(batch, tokens, ratio, x.device), masked_tokens(tokens, ratio)
+        else:                               # a GPU's host waits here, for a given mask only
+            count = int(hidden[0].sum())
+            if (hidden.shape != (batch, tokens) or hidden.dtype != torch.bool or not 0 < count < tokens
+                    or (hidden.sum(1) != count).any()):
+                raise ValueError(f"expected a mask of bool {(batch, tokens)} that hides the same number of tokens in "
+                                 f"every sample, and not all, got {hidden.dtype} {tuple(hidden.shape)}")
+        # Visible tokens first, then hidden ones, each in token order.
+        order = hidden.to(torch.uint8).argsort(dim=1, stable=True)          # (B, N)
+        seen, unseen = order[:, :-count], order[:, -count:]                 # (B, V), (B, N - V)
 
-        # Eq. (1): X_m = X * M, as a selection instead of a product with zeros: masked tokens never enter the encoder.
-        z = self.encoder.encode(take(patches, visible), take(self.encoder.positions, visible))  # (B, V, d)
-        z = self.encoder_to_decoder(z)
-        z = torch.cat([z, self.mask_token.expand(batch, masked, -1).to(z.dtype)], dim=1)
-        pred = self.decoder(z + take(self.decoder_positions, order), masked)  # (B, M, P)
-        # Eq. (2): L = sum((1 - M) * (X^ - X)^2) / sum(M), in fp32: the mean over a token's values, then over the masked
+        # Eq. (1): X_m = X * M, as a selection instead of a product with zeros: hidden tokens never enter the encoder.
+        z = self.encoder.encode(patches.take_along_dim(seen[..., None], dim=1), self.encoder.positions[seen])
+        z = self.encoder_to_decoder(z)                                      # (B, V, decoder width)
+        z = torch.cat([z, self.mask_token.expand(batch, count, -1).to(z.dtype)], dim=1)
+        z = z + self.decoder_positions[order]                               # (B, N, decoder width)
+        for block in self.decoder["blocks"]:
+            z = block(z)
+        pred = self.decoder["head"](self.decoder["norm"](z[:, -count:]))    # (B, N - V, P)
+        target = normalised_target(patches.take_along_dim(unseen[..., None], dim=1))[0]
+        # Eq. (2): L = sum((1 - M) * (X^ - X)^2) / sum(M), in fp32: the mean over a token's values, then over the hidden
         # tokens of the batch. As printed it divides by sum(M), but with M = 1 for visible in Eq. (1) that would divide
-        # the error of the masked tokens by the number of visible ones; here, as released, by that of masked ones.
-        loss = F.mse_loss(at_least_fp32(pred), normalised_target(take(patches, hidden))[0])
-        return loss, pred, mask
+        # the error of the hidden tokens by the number of visible ones; here, as released, by that of hidden ones.
+        loss = F.mse_loss(at_least_fp32(pred), target)
+        return loss, pred, hidden
 
 
 def normalised_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the decoder must predict: pixels in [0, 1], normalised by their own patch's mean and deviation per channel.
 
-    patches: (B, M, P), normalised with IMAGE_MEAN and IMAGE_STD. Returns the target (B, M, P) and, to undo it, the
-    patches' mean and deviation in units of `patches`, (B, M, 1, 3) each.
+    patches: (B, N - V, P), normalised with IMAGE_MEAN and IMAGE_STD. Returns the target (B, N - V, P) and, to undo it,
+    the patches' mean and deviation in units of `patches`, (B, N - V, 1, 3) each.
     """
-    values = at_least_fp32(patches).unflatten(-1, (-1, 3))                  # (B, M, P / 3, 3), channel last
+    values = at_least_fp32(patches).unflatten(-1, (-1, 3))                  # (B, N - V, P / 3, 3), channel last
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
     # (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1], of which `values` are pixels / std + constant
-    deviation = (variance + 1e-6 / values.new_tensor(IMAGE_STD).square()).sqrt()
+    deviation = (variance + 1e-6 / channel_values(IMAGE_STD, values.device).square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
 
 
 # ----------------------------------------------------------------- stage 2: mixture of adapter experts, Section III-D
 
 class NoisyTopKGate(nn.Module):
-    """Which k of n experts see a token, with what weight. sigma: None = computed from the token, for each expert."""
+    """Which k of n experts see a token, with what weight. sigma: None = computed from the token, for each expert.
+
+    In training `latest` keeps the last call's logits before the noise (..., n) and its choice (..., k).
+    """
 
     def __init__(self, width: int, experts: int, k: int, sigma: float | None = None):
         super().__init__()
-        if not 1 <= k <= experts:
-            raise SettingError(f"k = {k} experts per token, but there are {experts}")
-        if sigma is not None and not sigma >= 0:
-            raise SettingError(f"sigma = {sigma} is a standard deviation: expected 0 or more")
-        self.k, self.sigma = k, sigma
+        self.k, self.sigma, self.latest = k, sigma, None
         self.topkroute_linear = nn.Linear(width, experts)   # W_g; the bias, 0 at first, is the released checkpoints'
         self.noise_linear = nn.Linear(width, experts) if sigma is None else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d) -> gates (..., n): k positive entries that sum to 1, the others exactly 0."""
-        # Eq. (4): G(x) = Softmax(x W_g), whose softmax is taken below, over the k chosen experts only.
-        logits = at_least_fp32(self.topkroute_linear(x))                    # (..., n)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., d) -> the chosen experts' weights (..., k), which sum to 1, and their numbers (..., k)."""
+        # Eq. (4): G(x) = Softmax(x W_g); the softmax is taken below, over the k chosen experts only
+        logits = noisy = at_least_fp32(self.topkroute_linear(x))            # (..., n)
         if self.training:
             # The paper gives no sigma; learned as in Shazeer et al. 2017, and without noise in evaluation.
             sigma = self.sigma if self.noise_linear is None else F.softplus(at_least_fp32(self.noise_linear(x)))
             # Eq. (5): H(x) = x W_g + epsilon, of standard deviation sigma
-            logits = logits + sigma * torch.randn_like(logits)
-        top, chosen = logits.topk(self.k, dim=-1)                           # (..., k)
-        # Eq. (6): G(x) = Softmax(Top-K(H(x), k))
-        return torch.full_like(logits, -torch.inf).scatter(-1, chosen, top).softmax(dim=-1)
-
-
-class Adapter(nn.Module):
-    """One expert: down to r, GELU, up to d. `residual`: Eq. (8) has one, the released experts have none."""
-
-    def __init__(self, width: int, adapter_width: int, residual: bool = True):
-        super().__init__()
-        self.residual = residual
-        self.fc1 = nn.Linear(width, adapter_width)
-        self.fc2 = nn.Linear(adapter_width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2
-        return (x if self.residual else 0) + self.fc2(F.gelu(self.fc1(x)))
+            noisy = logits + sigma * torch.randn_like(logits)
+        top, chosen = noisy.topk(self.k, dim=-1)                            # (..., k) each
+        if self.training:
+            self.latest = logits, chosen
+        # Eq. (6): G(x) = Softmax(Top-K(H(x), k)), which is 0 for all others
+        return top.softmax(dim=-1), chosen
 
 
 class MoE(nn.Module):
-    """Mixture of experts: a gate and n experts, (B, N, d) -> (B, N, d). An expert maps the tokens that chose it.
+    """Mixture of experts: a gate and n experts of hidden width r, (B, N, d) -> (B, N, d).
 
-    With adapters it is the paper's MoAE; with FFNs it is the layer of ViT-MoE.
+    It is the paper's MoAE, whose experts are adapters. residual: the x in Eq. (8), which the released experts lack.
+    ffn: the experts are full FFNs, as in ViT-MoE.
     """
 
-    def __init__(self, width: int, experts: list[nn.Module], k: int = 2, sigma: float | None = None):
+    def __init__(self, width: int, hidden: int, experts: int = 8, k: int = 2, sigma: float | None = None,
+                 residual: bool = True, ffn: bool = False):
         super().__init__()
-        self.router = NoisyTopKGate(width, len(experts), k, sigma)
-        self.experts = nn.ModuleList(experts)
+        self.residual, self.ffn = residual, ffn
+        self.router = NoisyTopKGate(width, experts, k, sigma)
+        self.experts = nn.ModuleList(Mlp(width, hidden) for _ in range(experts))
 
-    @torch.compiler.disable                 # how many tokens an expert gets differs in every step
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = in_autocast_precision(x)        # once, not in every expert
-        gates, chosen = self.router(x).flatten(0, 1).topk(self.router.k)    # the nonzero G_i and their i, (B N, k)
-        order = chosen.flatten().argsort()                                  # the B N k choices, expert by expert
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        tokens = x.flatten(0, 1).index_select(0, order // self.router.k).split(counts)  # each expert's, in one piece
-        # Filled up to a multiple of 64: a CPU's bf16 kernels are made anew for every number of rows. An expert that no
-        # token chose computes on none: its weights get a gradient, of 0, which DDP waits for.
-        outputs = torch.cat([expert(F.pad(own, (0, 0, 0, -len(own) % 64)))[:len(own)]
-                             for expert, own in zip(self.experts, tokens)])
-        outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # token by token, (B N, k, d)
-        # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x); Eq. (9) is the same with E_i = Adapter_i, MoAE
-        return torch.einsum("tk,tkd->td", gates.to(outputs.dtype), outputs).view_as(x)
+        weights, chosen = self.router(x)                                    # Eqs. (4) to (6), (B, N, k) each
+        w1, b1 = stacked([expert.fc1 for expert in self.experts])           # (n, r, d), (n, r)
+        w2, b2 = stacked([expert.fc2 for expert in self.experts])           # (n, d, r), (n, d)
+        if self.ffn:
+            outputs = chosen_outputs(x, chosen, w1, b1, w2, b2)             # (B, N, k, d)
+            # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x)
+            return (weights[..., None].to(outputs.dtype) * outputs).sum(dim=-2)
+        # Adapters are small: all n of them, in two large products, take less time than gathering the tokens of each.
+        # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2, whose GELUs these are, for all n experts
+        inner = F.gelu(F.linear(x, w1.flatten(0, 1), b1.flatten())).unflatten(-1, b1.shape)  # (B, N, n, r)
+        gates = torch.zeros_like(inner[..., 0]).scatter(-1, chosen, weights.to(inner.dtype))  # G(x), (B, N, n)
+        # Eq. (9): MoAE(x) = sum_i G(x)_i Adapter_i(x), a sum inside two products; its x stays x, as the gates sum to 1
+        out = F.linear((gates[..., None] * inner).flatten(-2), w2.transpose(0, 1).flatten(1)) + gates @ b2
+        return x + out if self.residual else out
+
+
+def stacked(layers: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights (n, out, in) and biases (n, out) of n linear layers of one shape."""
+    return torch.stack([layer.weight for layer in layers]), torch.stack([layer.bias for layer in layers])
+
+
+def chosen_outputs(x: torch.Tensor, chosen: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor,
+                   b2: torch.Tensor) -> torch.Tensor:
+    """What a token's k experts make of it, and no other expert: x (B, N, d), chosen (B, N, k) -> (B, N, k, d).
+
+    The B N k choices are sorted by expert. How many each has stays on the device, so that nothing waits for it.
+    """
+    order = chosen.flatten().argsort()
+    own = chosen.flatten()[order, None] == torch.arange(len(w1), device=x.device)  # (B N k, n), one True in a row
+    ends, own = own.sum(0).cumsum(0).to(torch.int32), own.to(x.dtype)
+
+    def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(rows, weight.to(x.dtype).transpose(1, 2), offs=ends) + own @ bias
+
+    rows = x.flatten(0, 1).index_select(0, order // chosen.shape[-1])       # (B N k, d), expert by expert
+    outputs = linear(F.gelu(linear(rows, w1, b1)), w2, b2)
+    return outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)
 
 
 class S4D(ViT):
@@ -405,6 +414,7 @@ class S4D(ViT):
 
     image_classes, video_classes: class names in label order. moae_layers: indices of the layers with experts,
     None = the last half, [] = none. expert: "adapter", or "ffn" for ViT-MoE, whose experts replace the FFN.
+    UserError for settings that make no model.
     """
 
     def __init__(self, size: str = "base", image_classes: list[str] = (), video_classes: list[str] = (),
@@ -415,16 +425,21 @@ class S4D(ViT):
         if moae_layers is None:
             moae_layers = range(depth - depth // 2, depth)
         moae_layers = sorted(set(moae_layers))
-        if any(not 0 <= i < depth for i in moae_layers):
-            raise SettingError(f"MoAE layers {moae_layers}: size {size} has layers 0 to {depth - 1}")
-        make = partial(Mlp, width, 4 * width) if expert == "ffn" else partial(Adapter, width, adapter_width, residual)
-        super().__init__(SIZES[size], {i: MoE(width, [make() for _ in range(experts)], k, sigma) for i in moae_layers},
-                         moe_replaces_ffn=expert == "ffn")
+        for name, value, first, last in (("experts", experts, 1, 1024), ("k", k, 1, experts),
+                                         ("adapter_width", adapter_width, 1, 65536),
+                                         *(("moae_layers", i, 0, depth - 1) for i in moae_layers)):
+            if type(value) is not int or not first <= value <= last:
+                raise UserError(f"{name} = {value}: expected {first} to {last}")
+        if expert not in ("adapter", "ffn") or sigma is not None and not 0 <= sigma < float("inf"):
+            raise UserError(f"expert = {expert}, sigma = {sigma}: expected adapter or ffn, and None or 0 or more")
+        ffn = expert == "ffn"
+        super().__init__(SIZES[size], {i: MoE(width, 4 * width if ffn else adapter_width, experts, k, sigma, residual,
+                                              ffn) for i in moae_layers})
         self.architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
                                  experts=experts, k=k, adapter_width=adapter_width, moae_layers=moae_layers,
                                  sigma=sigma, residual=residual, expert=expert)
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.ModuleDict({source: nn.Linear(width, len(classes)) for source, classes in
+        self.head = nn.ModuleDict({name: nn.Linear(width, len(classes)) for name, classes in
                                    (("image", image_classes), ("video", video_classes)) if classes})
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -440,83 +455,139 @@ class S4D(ViT):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of the batch's own head: (B, 3, H, W) -> (B, image classes), (B, 3, T, H, W) -> (B, video classes)."""
-        source = modality(x)
-        if source not in self.head:
-            raise ValueError(f"this model was not trained on {source}s: its heads are {list(self.head)}")
-        return self.head[source](self.features(x))
+        name = modality(x)
+        if name not in self.head:
+            raise ValueError(f"this model was not trained on {name}s: its heads are {list(self.head)}")
+        return self.head[name](self.features(x))
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+# ----------------------------------------------------------- checkpoints of ours and of others: skip at first reading
 
 MODULES = {"pretrain": MaskedAutoencoder, "finetune": S4D}  # what the stage in a checkpoint stands for
+EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
+FAULTS = (ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError,
+          RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)  # what odd files lead to
+NAMES = (  # prefixes to leave out, and names in transformers' VideoMAE, in the order of a layer, with ours
+    (r"^((module|_orig_mod|backbone|videomae)\.)+", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
+    (r"^encoder\.layer\.", "encoder.blocks."),
+    (r"^decoder\.decoder_layers\.", "decoder.blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.attention\.attention\.(query|key|value)\.weight$", r".attn.qkv.\1"),
+    (r"\.attention\.attention\.(q_bias|query\.bias)$", ".attn.q_bias"),
+    (r"\.attention\.attention\.(v_bias|value\.bias)$", ".attn.v_bias"),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^layernorm\.", "encoder.norm."),
+    (r"^classifier\.", "head.video."),
+)
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message names the file, the keys and the shapes."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint file that is not whole."""
+@contextmanager
+def whole_file(path, mode: str = "wb", **options):
+    """A file that takes its name when all of it is on the disk. options: of `open`. UserError if that fails."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:    # torch.save makes a RuntimeError of a file's OSError
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"{path} cannot be written: {reason}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def read_checkpoint(path) -> dict:
-    """The plain dict in a checkpoint file: tensors, numbers and text only, so that loading runs no code of the file."""
-    try:
-        if zipfile.is_zipfile(path):        # torch does not look at the checksums: a wrong bit would load as a weight
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise DamagedError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {path}") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint of plain tensors, numbers and text, and running code from a file is refused. If "
-            "you trust it, convert it once: torch.save({'model': torch.load(OLD, weights_only=False)['model']}, NEW)"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
-            zipfile.BadZipFile, zlib.error) as error:
-        raise DamagedError(f"{path} cannot be read as a checkpoint: {error!r}") from error
-    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path} is no checkpoint: expected a dict with the weights under 'model'")
-    if "stage" not in checkpoint:
-        return released(checkpoint["model"], path)
-    if checkpoint["stage"] not in list(MODULES) or not isinstance(checkpoint.get("architecture"), dict):
-        raise CheckpointError(f"{path} names stage {checkpoint['stage']!r}: expected {' or '.join(MODULES)}, and its "
-                              "architecture")
-    return checkpoint
+    """The plain dict in a checkpoint: tensors, numbers and text only, so that loading runs no code of the file.
 
-
-def released(state: dict[str, torch.Tensor], path) -> dict:
-    """Describe a file of bare weights, as the authors of S4D, VideoMAE and MAE-DFER release them, as one of ours.
-
-    The names are ours already, up to prefixes. The size follows from the token width, a classifier's experts from its
-    keys; its adapters have no residual, and its k, which no key tells, is the paper's 2.
+    Bare weights, as S4D, VideoMAE, MAE-DFER and transformers' VideoMAE are released (the last also as the folder with
+    model.safetensors or pytorch_model.bin), are described as a checkpoint of ours. UserError for anything else.
     """
-    state = {re.sub(r"^((module|_orig_mod|backbone)\.)+", "", key): value for key, value in state.items()}
-    if not any(key.startswith("decoder.") for key in state):
-        state = {key.removeprefix("encoder."): value for key, value in state.items()}
-    embedding = next((value for key, value in state.items() if key.endswith("patch_embed.proj.weight")), None)
-    if embedding is None:
-        raise CheckpointError(f"{path} has no patch_embed.proj.weight: it is no file of S4D, VideoMAE or MAE-DFER")
-    size = next((name for name, size in SIZES.items() if size.width == len(embedding)), "base")
-    if any(key.startswith("decoder.") for key in state) or not any(key.startswith("head.") for key in state):
-        return dict(stage="pretrain", architecture={"size": size}, model=state)
-    classes = {name: unnamed(len(state.get(f"head.{name}.weight", ()))) for name in ("image", "video")}
-    layers = sorted({int(key.split(".")[1]) for key in state if ".moe_layer." in key})
-    gates = [value for key, value in state.items() if key.endswith("topkroute_linear.weight")]
-    down = [value for key, value in state.items() if key.endswith("moe_layer.experts.0.fc1.weight")]
-    learned = any("noise_linear" in key for key in state)
+    file = next((f for f in (Path(path, "model.safetensors"), Path(path, "pytorch_model.bin")) if f.is_file()), path)
+    try:
+        if str(file).endswith(".safetensors"):
+            contents = read_safetensors(file)
+        else:
+            if zipfile.is_zipfile(file):    # torch does not look at the checksums: a wrong bit would load as a weight
+                with zipfile.ZipFile(file) as archive:
+                    if damaged := archive.testzip():
+                        raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = contents if "model" in contents else {"model": contents}
+        if not all(isinstance(name, str) and value.dtype in DTYPES.values() and value.layout == torch.strided
+                   and value.device.type == "cpu" for name, value in checkpoint["model"].items()):
+            raise TypeError("its weights are no plain tensors with names")
+        if "stage" not in checkpoint:
+            return released(checkpoint["model"])
+        descriptions = [checkpoint.get(name, {}) for name in ("architecture", "identity", "digests", "state")]
+        if checkpoint["stage"] not in list(MODULES) or not all(isinstance(part, dict) for part in descriptions):
+            raise TypeError(f"expected stage {' or '.join(MODULES)} and its descriptions, got {checkpoint['stage']!r}")
+        return checkpoint
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is no checkpoint of plain tensors, numbers and text, and its code is not run. If you trust"
+                        " it, convert it once: torch.save({'model': torch.load(OLD, weights_only=False)['model']}, NEW)"
+                        ) from error
+    except FAULTS as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {error!r}") from error
+
+
+def read_safetensors(path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file: the length of its header in 8 bytes, the header in JSON, then all values."""
+    data = memoryview(bytearray(Path(path).read_bytes()))
+    start, state = 8 + struct.unpack("<Q", data[:8])[0], {}
+    header = json.loads(bytes(data[8:start]))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        state[name] = torch.frombuffer(data[start + begin:start + end], dtype=DTYPES[entry["dtype"]])
+        state[name] = state[name].reshape(entry["shape"])   # an error if the file ends before `end`
+    return state
+
+
+def released(state: dict[str, torch.Tensor]) -> dict:
+    """Describe bare weights as a checkpoint of ours. Their names are ours up to prefixes, but for transformers'.
+
+    The size follows from the token width, a classifier's experts from its keys; its adapters have no residual, and its
+    k, which no key tells, is the paper's 2. Positions are a fixed table that each size makes itself, so that weights of
+    224 pixels serve at 160; a bias on keys adds a constant to a row of logits, which the softmax takes out. The norms'
+    epsilon is ours, 1e-6 (transformers': 1e-12, and 1e-5 before the classifier).
+    """
+    state = {name: value for name, value in state.items() if not name.endswith(("position_embeddings", ".key.bias"))}
+    for pattern, ours in NAMES:
+        state = {re.sub(pattern, ours, name): value for name, value in state.items()}
+    for stem in [name.removesuffix("query") for name in state if name.endswith(".qkv.query")]:
+        state[f"{stem}weight"] = torch.cat([state.pop(stem + part) for part in ("query", "key", "value")])
+    pretrained = any(name.startswith("decoder.") for name in state)
+    if not pretrained:
+        state = {name.removeprefix("encoder."): value for name, value in state.items()}
+    width = next((len(value) for name, value in state.items() if name.endswith("patch_embed.proj.weight")), None)
+    sizes = {size.width: name for name, size in SIZES.items()}
+    if width not in sizes:
+        raise ValueError(f"patch_embed.proj.weight of S4D, VideoMAE or MAE-DFER has {list(sizes)} rows, here {width}")
+    classes = {f"{name}_classes": unnamed(len(state.get(f"head.{name}.weight", ()))) for name in ("image", "video")}
+    if pretrained or not any(classes.values()):
+        return dict(stage="pretrain", architecture={"size": sizes[width]}, model=state)
+    layers = sorted({int(name.split(".")[1]) for name in state if ".moe_layer." in name})
+    moe = f"blocks.{max(layers, default=None)}.moe_layer"
+    n = len(state.get(f"{moe}.router.topkroute_linear.weight", range(8)))
+    r = len(state.get(f"{moe}.experts.0.fc1.weight", range(width // 4)))
+    sigma = None if f"{moe}.router.noise_linear.weight" in state else 0.0   # None: learned
     return dict(stage="finetune", model=state, architecture=dict(
-        size=size, image_classes=classes["image"], video_classes=classes["video"], moae_layers=layers,
-        experts=len(gates[0]) if gates else 8, adapter_width=len(down[0]) if down else None, residual=False,
-        sigma=None if learned else 0.0))
+        size=sizes[width], **classes, moae_layers=layers, experts=n, k=min(2, n), adapter_width=r, sigma=sigma,
+        residual=False, expert="adapter"))
 
 
 def load_checkpoint(path) -> MaskedAutoencoder | S4D:
-    """Rebuild the module that a checkpoint describes: ours of either stage, or a released one of S4D, VideoMAE or
-    MAE-DFER. CheckpointError if file, keys or shapes do not fit."""
+    """Rebuild the module of a file that read_checkpoint reads. UserError if file, names or shapes do not fit."""
     return rebuild(read_checkpoint(path), path)
 
 
@@ -524,42 +595,38 @@ def rebuild(checkpoint: dict, path) -> MaskedAutoencoder | S4D:
     """load_checkpoint of a file that has been read."""
     try:
         module = MODULES[checkpoint["stage"]](**checkpoint["architecture"])
-    except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} describes no model: {error!r}") from error
+    except (UserError, *FAULTS) as error:
+        raise UserError(f"{path} describes no model: {error}") from error
     load_weights(module, checkpoint["model"], path)
     return module
 
 
 def load_weights(module: nn.Module, state: dict[str, torch.Tensor], path, new: tuple[str, ...] = (),
                  dropped: tuple[str, ...] = ()) -> str:
-    """Copy weights into a module. Only parameters whose name contains one of `new` may be missing from the file, and
-    only names that start with one of `dropped` may be left over. Returns a line each on what was loaded, made new and
-    dropped; CheckpointError, with nothing loaded, for anything else."""
+    """Copy weights into a module. Only names that contain one of `new` may be missing from the file, and only names
+    that start with one of `dropped` may be left over. Returns a line each on what was loaded, made new and dropped.
+    UserError, with nothing loaded, if other names or any shape differ or a weight is not finite."""
     own = module.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    extra = sorted(state.keys() - own.keys())
-    wrong = [key for key in missing if not any(part in key for part in new)]
-    wrong_extra = [key for key in extra if not key.startswith(dropped)]
-    shapes = [f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
-              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    problems = ([f"missing: {', '.join(wrong[:5])} ({len(wrong)} in all)"] if wrong else [])
-    problems += ([f"not expected: {', '.join(wrong_extra[:5])} ({len(wrong_extra)} in all)"] if wrong_extra else [])
-    problems += sorted(shapes)[:5]
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    common = sorted(own.keys() & state.keys())
+    wrong = {"missing": [name for name in missing if not any(part in name for part in new)],
+             "not expected": [name for name in extra if not name.startswith(dropped)],
+             "of other shapes": [f"{name} {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+                                 for name in common if own[name].shape != state[name].shape]}
+    if not any(wrong.values()):
+        wrong["not finite"] = [name for name in common if not state[name].isfinite().all()]
+    problems = [f"{what}: {', '.join(names[:5])} ({len(names)} in all)" for what, names in wrong.items() if names]
     if problems:
-        raise CheckpointError(f"{path} does not fit this model: {'; '.join(problems)}")
-    module.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    return (f"loaded: {len(own) - len(missing)} tensors of {path}\nmade new: {prefixes(missing)}\n"
-            f"dropped: {prefixes(extra)}")
+        raise UserError(f"{path} does not fit this model: {'; '.join(problems)}")
+    module.load_state_dict({name: state[name] for name in common}, strict=False)
+    return f"loaded: {len(common)} tensors of {path}\nmade new: {parts(missing)}\ndropped: {parts(extra)}"
 
 
-def prefixes(keys: list[str]) -> str:
-    """A short list of the parts of the model that keys belong to."""
-    parts = [key.split(".") for key in keys]
-    short = {f"blocks.*.{part[2]}" if part[0] == "blocks" else part[0] for part in parts}
+def parts(names: list[str]) -> str:
+    """A short list of the parts of a model that names belong to."""
+    split = [name.split(".") for name in names]
+    short = {f"blocks.*.{name[2]}" if name[0] == "blocks" else name[0] for name in split}
     return ", ".join(sorted(short)) or "nothing"
-
-
-EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
 
 
 def initialise(model: S4D, checkpoint: dict, path) -> str:
@@ -569,23 +636,20 @@ def initialise(model: S4D, checkpoint: dict, path) -> str:
     last norm are dropped; ViT-MoE's experts start as copies of the pre-trained FFN that they replace. From stage 2, all
     is taken, but for heads of other classes; its experts must be the model's.
     """
-    state = {key.removeprefix("encoder."): value for key, value in checkpoint["model"].items()}
+    state = {name.removeprefix("encoder."): value for name, value in checkpoint["model"].items()}
+    theirs, ours = checkpoint["architecture"], model.architecture
     if checkpoint["stage"] == "finetune":
-        theirs = S4D(**checkpoint["architecture"]).architecture
-        for name in EXPERT_SETTINGS:        # keys and shapes do not tell them all
-            if theirs[name] != model.architecture[name]:
-                raise CheckpointError(f"{path} was fine-tuned with {name} = {theirs[name]}, this model has "
-                                      f"{model.architecture[name]}")
-        for source in ("image", "video"):
-            if not same_classes(theirs[f"{source}_classes"], model.architecture[f"{source}_classes"]):
-                state = {key: value for key, value in state.items() if not key.startswith(f"head.{source}.")}
+        for name in EXPERT_SETTINGS:        # names and shapes do not tell them all
+            if theirs.get(name) != ours[name]:
+                raise UserError(f"{path} was fine-tuned with {name} = {theirs.get(name)}, this model has {ours[name]}")
+        for name in ("image", "video"):
+            if not same_classes(theirs.get(f"{name}_classes"), ours[f"{name}_classes"]):
+                state = {key: value for key, value in state.items() if not key.startswith(f"head.{name}.")}
         return load_weights(model, state, path, new=("head.",), dropped=("head.",))
-    for i, block in enumerate(model.blocks):
-        if block.mlp is None:
-            for key in [key for key in state if key.startswith(f"blocks.{i}.mlp.")]:
-                weight, end = state.pop(key), key.removeprefix(f"blocks.{i}.mlp.")
-                state |= {f"blocks.{i}.moe_layer.experts.{j}.{end}": weight
-                          for j in range(len(block.moe_layer.experts))}
+    for i in ours["moae_layers"] if ours["expert"] == "ffn" else ():
+        for part in [key for key in state if key.startswith(f"blocks.{i}.mlp.")]:
+            weight = state.pop(part)
+            state |= {part.replace("mlp", f"moe_layer.experts.{j}"): weight for j in range(ours["experts"])}
     return load_weights(model, state, path, new=("moe_layer.", "fc_norm.", "head."),
                         dropped=("norm.", "decoder.", "encoder_to_decoder.", "mask_token"))
 
@@ -599,28 +663,27 @@ def unnamed(count: int) -> list[str]:
     return [f"class {i}" for i in range(count)]
 
 
-# -------------------------------------------------------------------------------------- tables that need no data
+# ----------------------------------------- tables that follow from the model alone, and --export: skip at first reading
 
-def parameters(model: nn.Module) -> tuple[float, float]:
+def parameters(model: S4D) -> tuple[float, float]:
     """Millions of parameters that one token's forward pass uses (k of n experts), and of all that are trained."""
     trained = sum(p.numel() for p in model.parameters())
-    idle = sum((layer.router.k - len(layer.experts)) * sum(p.numel() for p in layer.experts[0].parameters())
-               for layer in (block.moe_layer for block in model.blocks) if layer is not None)
-    return (trained + idle) / 1e6, trained / 1e6
+    idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    used = trained - idle * (1 - model.architecture["k"] / model.architecture["experts"])
+    return used / 1e6, trained / 1e6
 
 
-def multiply_accumulates(source: str, mask_ratio: float) -> tuple[float, float]:
-    """GMAC of one sample's forward pass of stage 1, ViT-B: with all patches embedded, masked ones too, as the released
+def multiply_accumulates(name: str, mask_ratio: float) -> tuple[float, float]:
+    """GMAC of one sample's forward pass of stage 1, ViT-B: with all patches embedded, hidden ones too, as the released
     code does, and as ours does, which embeds the visible ones only."""
     model = MaskedAutoencoder("base")
-    tokens = model.size.image_tokens if source == "image" else model.size.video_tokens
-    mask = torch.arange(tokens)[None] < masked_tokens(tokens, mask_ratio)
-    frames = () if source == "image" else (model.size.frames,)
+    size = model.size
+    tokens, frames = (size.image_tokens, ()) if name == "image" else (size.video_tokens, (size.frames,))
     # The counter of older versions of torch does not know the fused attention of a CPU.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, 3, *frames, model.size.pixels, model.size.pixels), mask)
+        model(torch.zeros(1, 3, *frames, size.pixels, size.pixels), mask_ratio=mask_ratio)
     ours = counter.get_total_flops() / 2    # a multiply-accumulate is two operations
-    embedding = model.encoder.patch_embed.proj.weight.numel() * int(mask.sum())
+    embedding = model.encoder.patch_embed.proj.weight.numel() * masked_tokens(tokens, mask_ratio)
     return (ours + embedding) / 1e9, ours / 1e9
 
 
@@ -644,9 +707,14 @@ def main() -> None:
                    help="write a checkpoint's weights under the released names, as {'model': weights}, and stop")
     args = p.parse_args()
     if args.export:
+        checkpoint, path = args.export
         try:
-            torch.save({"model": load_checkpoint(args.export[0]).state_dict()}, args.export[1])
-        except CheckpointError as error:
+            weights = load_checkpoint(checkpoint).state_dict()
+            if os.path.exists(path) and os.path.samefile(checkpoint, path):
+                raise UserError(f"{path} is the checkpoint itself, which would lose all but its weights")
+            with whole_file(path) as file:
+                torch.save({"model": weights}, file)
+        except UserError as error:
             raise SystemExit(f"error: {error}") from error
         return
     print("Table V, parameters in millions, test / train     paper        recounted")
@@ -657,9 +725,9 @@ def main() -> None:
     print("\nTable IV, cost of 100 epochs in 10^12 multiply-accumulates of the forward pass (the paper's \"TFLOPs\")\n"
           f"{'':12}{'masked at':22}{'paper':>9}{'all patches embedded':>22}{'visible ones only (ours)':>26}")
     for name, paper, parts in TABLE_4:
-        costs = [[samples * gmac * 100 / 1e3 for gmac in multiply_accumulates(source, ratio)]
-                 for samples, source, ratio in parts]
-        masked = ", ".join(f"{source} {ratio:.0%}" for _, source, ratio in parts)
+        costs = [[samples * gmac * 100 / 1e3 for gmac in multiply_accumulates(name, ratio)]
+                 for samples, name, ratio in parts]
+        masked = ", ".join(f"{name} {ratio:.0%}" for _, name, ratio in parts)
         released_cost, own_cost = (sum(column) for column in zip(*costs))
         print(f"{name:12}{masked:22}{paper:9.1e}{released_cost:22.2e}{own_cost:26.2e}")
 

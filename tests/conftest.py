@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import write_synthetic  # noqa: E402  (needs the path above)
+from faces import write_faces  # noqa: E402  (needs the path above)
 from pretrain import guarded  # noqa: E402
 
 
@@ -23,7 +23,7 @@ from pretrain import guarded  # noqa: E402
 def faces(tmp_path_factory) -> Path:
     """A data root with few synthetic faces: 105 + 14 images, 35 labelled clips, 80 videos."""
     root = tmp_path_factory.mktemp("data")
-    write_synthetic(root / "synthetic", seed=0, scale=0.05)
+    write_faces(root / "synthetic", seed=0, scale=0.05)
     return root
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from data import write_synthetic  # noqa: E402
+from faces import write_faces  # noqa: E402  (needs the path above)
 from model import read_checkpoint  # noqa: E402
 
 
@@ -98,7 +98,7 @@ def kill_and_continue(folder: Path, command: list, kills: int, processes: int, d
         unfinished = list(output.glob("*.part"))
         in_training += alive
         in_writing += alive and bool(unfinished)
-        for path in [output / name for name in ("last.pt", "previous.pt") if (output / name).exists()]:
+        for path in output.glob("*.pt"):
             read_checkpoint(path)           # whatever was killed, what is there is whole
         for path in unfinished:
             path.unlink()                   # to tell the next kill's own from it; the run itself writes over it
@@ -144,7 +144,7 @@ def main() -> None:
     share = -(-args.kills // 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_synthetic(folder / "synthetic", scale=0.05)
+        write_faces(folder / "synthetic", scale=0.05)
         try:
             print(endure(folder, folder, "pretrain.py", 40, share, 1, args.seed), flush=True)
             print(endure(folder, folder, "finetune.py", 60, share, 1, args.seed + 1, "--pretrained",

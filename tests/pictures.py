@@ -12,7 +12,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
-from data import FONT, TestData, contact_sheet, load_samples, to_float  # noqa: E402
+from data import TestData, load_samples, to_float  # noqa: E402
+from evaluate import FONT, contact_sheet  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 
 BLUE, PALE, ORANGE, GREY = (49, 130, 189), (222, 235, 247), (254, 237, 200), (235, 235, 235)
@@ -22,8 +23,8 @@ def expressions(path: Path) -> None:
     """The first test clip of each class, every other frame that the model sees."""
     samples = load_samples("synthetic", "data", "test")
     clips = TestData(samples, load_checkpoint("runs/synthetic/fold1/last.pt").size)
-    first = [int(np.flatnonzero(samples.labels == label)[0]) for label in range(len(samples.dataset.classes))]
-    contact_sheet([(samples.dataset.classes[label], clips[i][1][0][::2]) for label, i in enumerate(first)],
+    first = [int(np.flatnonzero(samples.labels == label)[0]) for label in range(len(samples.classes))]
+    contact_sheet([(samples.classes[label], clips[i][1][0][::2]) for label, i in enumerate(first)],
                   least_height=48).quantize(256).save(path, optimize=True)
 
 
@@ -47,15 +48,16 @@ def token(path: Path) -> None:
     """The way of one token through a MoAE layer, with the gates that a trained model gave it."""
     model, samples = load_checkpoint("runs/synthetic/fold1/last.pt").eval(), load_samples("synthetic-images", "data",
                                                                                          "test")
-    chosen, router = [], model.blocks[-1].moe_layer.router
-    hook = router.register_forward_hook(lambda module, inputs, gates: chosen.append(gates))
+    seen, router = [], model.blocks[-1].moe_layer.router
+    hook = router.register_forward_hook(lambda module, inputs, output: seen.append(output))
     face = TestData(samples, model.size)[1][1]
     with torch.no_grad():
         model(to_float(face))
     hook.remove()
     cells = model.size.pixels // model.size.patch
     row, column = 2 * cells // 3, cells // 2                                # about the mouth
-    gates = chosen[0][0, row * cells + column].tolist()
+    weights, chosen = (part.flatten(0, -2)[row * cells + column] for part in seen[0])  # (k,) each
+    gates = torch.zeros(model.architecture["experts"]).scatter(0, chosen, weights.float()).tolist()
 
     sheet = Image.new("RGB", (900, 480), "white")
     draw = ImageDraw.Draw(sheet)
@@ -64,7 +66,7 @@ def token(path: Path) -> None:
     left, top, side = 8 + zoom * model.size.patch * column, 144 + zoom * model.size.patch * row, zoom * model.size.patch
     sheet.paste(image, (8, 144))
     draw.rectangle((left, top, left + side, top + side), None, "white", 2)
-    draw.text((8, 342), f"one token: the patch in row {row + 1},\ncolumn {column + 1} of this image", "black", FONT)
+    draw.text((8, 342), f"one token: the patch in row {row},\ncolumn {column} of this image, from 0", "black", FONT)
     line(draw, (200, 240), (236, 240))
     box(draw, 238, 223, "LN, MHSA,\n+ x   (10)")
     draw.text((340, 220), "x'", "black", FONT)
@@ -79,11 +81,11 @@ def token(path: Path) -> None:
     for i, gate in enumerate(gates):
         y, colour = 119 + 40 * i, BLUE if gate else (205, 205, 205)
         line(draw, (446, 240), (446, y), (560, y), colour=colour)
-        box(draw, 562, y - 17, f"adapter {i + 1}" + ("   (8)" if gate else ""), PALE if gate else GREY)
+        box(draw, 562, y - 17, f"adapter {i}" + ("   (8)" if gate else ""), PALE if gate else GREY)
         draw.line((658, y, 694, y), colour)
         draw.text((698, y), f"x {gate:.3f}" if gate else "x 0", "black" if gate else (150, 150, 150), FONT, anchor="lm")
         if gate:
-            line(draw, (748, y), (774, y), (774, 221 if y < 240 else 258), up=y > 240)
+            line(draw, (748, y), *([(755, y)] if y == 239 else [(774, y), (774, 221 if y < 240 else 258)]), up=y > 240)
     draw.line((446, 29, 446, 119 + 40 * max(i for i, gate in enumerate(gates) if gate)), BLUE)  # over the grey ones
     for x in (757, 823):
         draw.ellipse((x, 223, x + 34, 257), PALE, BLUE)

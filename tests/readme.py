@@ -2,13 +2,14 @@
 
     python tests/readme.py command 1      print the README's first (or second) command
     python tests/readme.py equations      print the table "equation -> file and line" of the code as it is
-    python tests/readme.py lines          correct the line numbers in the README's other tables
+    python tests/readme.py lines          correct the line numbers in the README and the pages beside the scripts
 """
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "tests").glob("*.md")))
 FILES = ("model.py", "data.py", "pretrain.py", "finetune.py", "evaluate.py")
 
 
@@ -35,13 +36,17 @@ def with_true_lines(text: str) -> str:
     """The text with every "[file:line](file#Lline) `code`" pointing at the first line that holds that code."""
     def true(match):
         file, code = match["file"], match["code"]
-        number = next(i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1) if code in line)
-        return f"[{file}:{number}]({file}#L{number}) `{code}`"
-    return re.sub(r"\[(?P<file>\w+\.py):\d+\]\(\w+\.py#L\d+\) `(?P<code>[^`]+)`", true, text)
+        lines = (ROOT / file).read_text().splitlines()
+        number = next((i for i, line in enumerate(lines, 1) if code in line), None)
+        if number is None:
+            raise SystemExit(f"{file} has no line with {code!r}")
+        return f"[{file}:{number}]({match['up']}{file}#L{number}) `{code}`"
+    return re.sub(r"\[(?P<file>\w+\.py):\d+\]\((?P<up>(\.\./)?)\w+\.py#L\d+\) `(?P<code>[^`]+)`", true, text)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "lines":
-        (ROOT / "README.md").write_text(with_true_lines((ROOT / "README.md").read_text()))
+        for page in PAGES:
+            page.write_text(with_true_lines(page.read_text()))
     else:
         print(command(int(sys.argv[2])) if sys.argv[1] == "command" else "\n".join(equations()))

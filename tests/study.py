@@ -29,7 +29,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import CATALOGUE, FOLDS, ensure_synthetic, read_list, split_file  # noqa: E402  (needs the path above)
+from data import read_list  # noqa: E402  (needs the path above)
+from faces import FOLDS, write_faces  # noqa: E402
 from finetune import TINY  # noqa: E402
 from pretrain import guarded  # noqa: E402
 
@@ -198,14 +199,15 @@ def make_task(args, name: str, run: Run, seed: int) -> Task:
 
 def half_of_the_clips(data_root: Path, half: Path) -> None:
     """A data root of its own whose training lists name every second person's clips; images and clips are linked."""
-    ensure_synthetic(["synthetic"], data_root)
+    if not (data_root / "synthetic").exists():
+        write_faces(data_root / "synthetic")
     for path in ("AffectNet", "DFEW/clip_jpg_256"):
         link = half / "synthetic" / path
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to((data_root / "synthetic" / path).resolve(), target_is_directory=True)
     for fold, split in itertools.product(range(1, FOLDS + 1), ("train", "test")):
-        source = split_file("synthetic", CATALOGUE["synthetic"], data_root, split, fold)
+        source = data_root / f"synthetic/DFEW/EmoLabel_DataSplit/{split}(single-labeled)/{split}_set_{fold}.csv"
         rows = read_list(source)
         if split == "train":                # seven clips in a row are one person's
             people = sorted({(int(row.name) - 1) // 7 for row in rows})
@@ -272,14 +274,16 @@ def finish(args, task: Task, status: int) -> dict:
         sys.exit(f"error: {task.name} of seed {task.seed}, exit status {status}: "
                  f"{output.read_text().splitlines()[-1]} (all of it: {output})")
     records = [json.loads(line) for line in (task.folder / "log.jsonl").read_text().splitlines()]
-    line = dict(task=task.name, seed=task.seed, flags=task.flags, steps=records[-1]["step"],
+    line = dict(task=task.name, seed=task.seed, flags=task.flags,
+                steps=sum(len(record["losses"]) for record in records),
                 seconds=round(sum(record["seconds"] for record in records), 1),
                 **{score: {name: scores[score] for name, scores in records[-1].get("test", {}).items()}
                    for score in ("uar", "war")})
     with open(args.output / "results.jsonl", "a") as results:
         results.write(json.dumps(line) + "\n")
-    for file in task.folder.glob("previous.pt" if task.name.startswith("pretrain") else "*.pt"):
-        file.unlink()
+    if not task.name.startswith("pretrain"):
+        for file in task.folder.glob("*.pt"):
+            file.unlink()
     return line
 
 

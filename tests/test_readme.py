@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from readme import FILES, ROOT, command, equations, with_true_lines
+from readme import FILES, PAGES, ROOT, command, equations, with_true_lines
 
 README = (ROOT / "README.md").read_text()
 
@@ -14,8 +14,9 @@ def test_every_equation_is_tagged_and_the_table_points_at_its_line():
         assert row in README, "run python tests/readme.py equations"
 
 
-def test_lines_that_the_readme_names_hold_the_code_that_it_quotes():
-    assert README == with_true_lines(README), "run python tests/readme.py lines"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_that_the_pages_name_hold_the_code_that_they_quote(page):
+    assert page.read_text() == with_true_lines(page.read_text()), "run python tests/readme.py lines"
 
 
 def test_the_first_screen_has_the_two_commands():
@@ -30,7 +31,7 @@ def test_options_in_the_readme_exist():
     import pretrain
     known = {option for script in (evaluate, finetune, pretrain) for action in script.settings()._actions
              for option in action.option_strings}
-    known |= {"--scale", "--mask", "--export", "--picture", "--plan"}  # of data.py, model.py and tests/
+    known |= {"--scale", "--mask", "--show", "--export", "--picture", "--plan"}  # of model.py and tests/
     torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts"}
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
     assert used <= known | torchrun, used - known

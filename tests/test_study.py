@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def arguments(*given):
 def parsed(task):
     """A task's settings as its script reads them."""
     script = {"pretrain.py": pretrain, "finetune.py": finetune}[os.path.basename(task.command[1])]
-    return script, vars(pretrain.parse(script.settings(), script.TINY, task.command[2:]))
+    with mock.patch("sys.argv", task.command[1:]):
+        return script, vars(pretrain.parse(script.settings(), script.TINY))
 
 
 def test_every_row_is_one_run_of_a_seed_and_no_two_runs_are_the_same(tmp_path):

@@ -1,0 +1,141 @@
+"""What check.py finds wrong with a data set, and what it shows of one."""
+import os
+import shutil
+
+import check
+import numpy as np
+import pytest
+from conftest import ROOT, run_command, run_here
+from PIL import Image
+
+from data import load_samples
+from model import UserError
+
+ANNOTATIONS = ROOT.parent / "shared" / "annotations"
+
+
+def test_good_data_are_right(faces):
+    text = run_command(faces, "tests/check.py", "--dataset", "synthetic", "--data-root", faces)
+    assert "nothing is wrong" in text and "fold 5, test" in text
+    assert "height x width: 64 x 64 (35)" in text and "frames of a clip: 36 minimum" in text
+    for name in ("synthetic-images", "synthetic-unlabelled"):
+        assert check.check(name, faces) == []
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (20, 30 + i // 7, 3)).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "train.csv").write_text("path,label,person\n0.png,a,Ann\n1.png,b,Bob\n2.png,b,Bob\n3.png,a,Cem\n"
+                                        "3.png,a,Cem\n4.png,a,Dan\n")
+    (tmp_path / "test.csv").write_text("path,label,person\n4.png,a,Flo\n5.png,a,Bob\nempty.png,a,Gil\ngone.png,b,Hal\n"
+                                       "7.png,a,Ida\n")
+    text = run_here(tmp_path, "tests/check.py", "--dataset", "train.csv,test.csv", status=1)
+    for expected in ("error: train lists more than once: 1: 3.png",
+                     "error: samples in both train and test: 1: 4.png",
+                     "error: people in both train and test: 1: Bob",
+                     f"error: missing in {tmp_path}: 1: gone.png",
+                     f"error: unreadable: 1: {tmp_path / 'empty.png'} cannot be read",
+                     "height x width: 20 x 30 (6), 20 x 31 (1)"):
+        assert expected in text, text
+    assert text.count("error: ") == 5
+    rows = [line.split() for line in text.splitlines() if line.startswith("  ")]
+    assert ["a", "4", "4"] in rows and ["b", "2", "1"] in rows and ["in", "all", "6", "5"] in rows
+
+
+def test_the_published_split_is_known_and_so_are_clips_of_the_wrong_version(tmp_path, monkeypatch, capsys):
+    lists = {"train": "video_name,label\n7,7\n12,1\n", "test": "video_name,label\n3,2\n"}  # as DFEW hands them out
+    for split, text in lists.items():
+        path = tmp_path / f"DFEW/EmoLabel_DataSplit/{split}(single-labeled)/{split}_set_1.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    for i in (3, 7, 12):
+        (tmp_path / f"DFEW/clip_jpg_256/{i}").mkdir(parents=True)
+        for frame in range(16):
+            Image.new("RGB", (8, 8), (10 * i, 10 * frame, 0)).save(tmp_path / f"DFEW/clip_jpg_256/{i}/{frame}.png")
+    digest = check.list_digest(["00012.mp4", "00007"], np.array([0, 6]))
+    counts = "1 0 0 0 0 0 1"
+    for known, wrong in ((digest, None), ("0" * 16, "fold 1, train is not the published split: other samples")):
+        monkeypatch.setattr(check, "PUBLISHED", f"dfew train 1 {known} {counts}\ndfew test 1 - 0 1 0 0 0 0 0")
+        problems = check.check("dfew", tmp_path, 1)
+        printed = capsys.readouterr().out
+        assert ("matches the published split" in printed) == (wrong is None) and wrong in (None, problems[0])
+        assert "counted from 1, mapped to 0 to 6" in printed and "published number of samples" in printed
+        assert "no clip has more than 16 frames" in problems[-1]  # DFEW's 16 frames in the place of whole clips
+
+
+@pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the real split files are not beside the repository")
+@pytest.mark.parametrize("name, listed, media", [
+    ("dfew", "DFEW/EmoLabel_DataSplit/{split}(single-labeled)/{split}_set_{fold}.csv", "DFEW/clip_jpg_256"),
+    ("ferv39k", "FERV39K/Annotation/{split}.csv", "FERV39K/2_ClipsforFaceCrop"),
+    ("mafw", "MAFW/anno/single/no_caption/set_{fold}/{split}.csv", "MAFW/frames_crop_align_224")])
+def test_the_real_split_files_are_the_published_ones(tmp_path, capsys, name, listed, media):
+    """All lists of a set, without the clips: these are missing, and nothing else is wrong."""
+    found = {"dfew": "DFEW/{split}_set_{fold}.csv", "ferv39k": "FERV39K/{split}.csv",
+             "mafw": "MAFW/set_{fold}/{split}.csv"}
+    (tmp_path / media).mkdir(parents=True)
+    folds = 1 if name == "ferv39k" else 5
+    for fold, split in ((fold, split) for fold in range(1, folds + 1) for split in ("train", "test")):
+        path = tmp_path / listed.format(fold=fold, split=split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ANNOTATIONS / found[name].format(fold=fold, split=split), path)
+    problem, = check.check(name, tmp_path)
+    assert problem.startswith(f"missing in {tmp_path / media}: ")
+    assert capsys.readouterr().out.count("matches the published split") == 2 * folds
+
+
+@pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason="the real split files are not beside the repository")
+def test_affectnets_real_test_list_is_a_published_one(tmp_path, capsys):
+    (tmp_path / "AffectNet/Manually_Annotated_Images").mkdir(parents=True)
+    for split in ("train", "test"):
+        shutil.copyfile(ANNOTATIONS / "AffectNet/test_affectnet7.txt", tmp_path / f"AffectNet/{split}_affectnet7.txt")
+    problems = check.check("affectnet-7", tmp_path)
+    assert capsys.readouterr().out.count("matches the published split") == 1
+    assert problems[0] == "train is not the published split: other counts"
+    assert problems[1].startswith("samples in both train and test: 3267: ")
+
+
+def test_a_list_of_files_that_is_out_of_date(tmp_path):
+    root = tmp_path / "VoxCeleb2/dev/mp4"   # as the archive unpacks
+    for name in ("id00012/b/00001.mp4", "id00012/a/00001.mp4"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).touch()
+    load_samples("voxceleb2", tmp_path, "train")
+    assert not any("out of date" in problem for problem in check.check("voxceleb2", tmp_path))
+    (root / "id00012/a/00002.mp4").touch()
+    (root / "id00012/a/00001.mp4").unlink()
+    assert check.check("voxceleb2", tmp_path)[0] == (
+        f"{root}/files.txt is out of date, 1 files are not in it and 1 of it are gone: delete {root}/files.txt to list "
+        "anew")
+
+
+def test_the_sheet_holds_the_pixels_of_the_loader(faces, tmp_path):
+    colour = (200, 60, 40)
+    for i in range(4):
+        Image.new("RGB", (50, 40), colour).save(tmp_path / f"{i}.png")
+    (tmp_path / "faces.csv").write_text("path\n0.png\n1.png\n2.png\n3.png\n")
+    run_here(tmp_path, "tests/check.py", "--dataset", "faces.csv", "--mask", "--show", "sheet.png")
+    whole = check.show(str(tmp_path / "faces.csv"), tmp_path)
+    for sheet, least, most in ((whole, 1, 1), (Image.open(tmp_path / "sheet.png"), 0.1, 0.1)):  # 90 % of it hidden
+        pictures = np.array(sheet).reshape(-1, 3)
+        pictures = pictures[(pictures != 255).all(1)]
+        shown = (pictures == colour).all(1)
+        assert len(pictures) == 4 * 160 * 160 and least <= shown.mean() <= most
+        assert (pictures[~shown] == 128).all()
+    sheet = check.show("synthetic", faces, fold=2)
+    assert 8 * 96 < sheet.height <= 8 * (96 + 4) and 16 * 96 < sheet.width < 16 * (96 + 2) + 150
+    first, again, other = (check.show("synthetic-images", faces, seed=seed).tobytes() for seed in (0, 0, 1))
+    assert first == again != other
+    os.remove(tmp_path / "0.png")
+    with pytest.raises(UserError, match="0.png"):
+        check.show(str(tmp_path / "faces.csv"), tmp_path)
+    text = run_here(faces, "tests/check.py", "--dataset", "synthetic", "--data-root", faces, "--show", "no/a.png",
+                    status=1)
+    assert "no/a.png" in text and "cannot be written" in text
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path, faces):
+    text = run_here(tmp_path, "tests/check.py", "--dataset", "synthetic", "--data-root", faces, "--fold", 6, status=1)
+    assert "fold 6" in text
+    assert "defw" in run_here(tmp_path, "tests/check.py", "--dataset", "defw", status=2)
