@@ -581,7 +581,7 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
     if not there.all():
         forms = " as a folder of frames, .mp4, .avi, .gif or .webp" if samples.modality == "video" else ""
         raise UserError(f"of {len(samples)} samples of {name}, {split}, fold {fold}, not in {samples.root}{forms}: "
-                        f"{few(samples.names[~there])}")
+                        f"{few(samples.names[~there])} ({'; '.join(samples.notes)})")
     return samples
 
 
@@ -849,8 +849,8 @@ def read_video(path: Path, choose: Callable, each: Callable) -> tuple[list[int],
 
 def open_video(path: Path) -> av.container.InputContainer:
     container = av.open(os.path.abspath(path), metadata_errors="ignore")  # FFmpeg takes a:b.mp4 for a URL
-    if not container.streams.video:
-        raise UserError(f"{path} has no video stream")
+    if not container.streams.video or container.streams.video[0].codec_context is None:
+        raise UserError(f"{path} has no video stream of a known kind")
     container.streams.video[0].thread_count = 1  # loading processes run side by side already
     return container
 

@@ -221,15 +221,12 @@ class ViT(nn.Module):
         self.size = size
         self.patch_embed = PatchEmbed(size)
         self.register_buffer("positions", sincos_table(size.video_tokens, size.width), persistent=False)
-        self.blocks = nn.ModuleList(Layer(size.width, size.heads, moe_layers.get(i)) for i in range(size.depth))
+        self.blocks = nn.Sequential(*(Layer(size.width, size.heads, moe_layers.get(i)) for i in range(size.depth)))
         self.norm = nn.LayerNorm(size.width, eps=1e-6) if final_norm else nn.Identity()
 
     def encode(self, patches: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Pixels of some tokens (B, V, P) and their positions, a table (V, d) or (B, V, d) -> (B, V, d)."""
-        x = self.patch_embed(patches) + position
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(self.patch_embed(patches) + position))
 
 
 # --------------------------------------------------------------------------- stage 1: masked autoencoder, Section III-B
@@ -261,7 +258,7 @@ class MaskedAutoencoder(nn.Module):
         width = self.size.decoder_width
         self.register_buffer("decoder_positions", sincos_table(self.size.video_tokens, width), persistent=False)
         self.decoder = nn.ModuleDict({
-            "blocks": nn.ModuleList(Layer(width, self.size.decoder_heads) for _ in range(self.size.decoder_depth)),
+            "blocks": nn.Sequential(*(Layer(width, self.size.decoder_heads) for _ in range(self.size.decoder_depth))),
             "norm": nn.LayerNorm(width, eps=1e-6),
             "head": nn.Linear(width, self.size.tubelet * self.size.patch ** 2 * 3)})  # P values
         for module in self.modules():
@@ -298,9 +295,7 @@ class MaskedAutoencoder(nn.Module):
         z = self.encoder.encode(patches.take_along_dim(seen[..., None], dim=1), self.encoder.positions[seen])
         z = self.encoder_to_decoder(z)                                      # (B, V, decoder width)
         z = torch.cat([z, self.mask_token.expand(batch, count, -1).to(z.dtype)], dim=1)
-        z = z + self.decoder_positions[order]                               # (B, N, decoder width)
-        for block in self.decoder["blocks"]:
-            z = block(z)
+        z = self.decoder["blocks"](z + self.decoder_positions[order])       # (B, N, decoder width)
         pred = self.decoder["head"](self.decoder["norm"](z[:, -count:]))    # (B, N - V, P)
         target = normalised_target(patches.take_along_dim(unseen[..., None], dim=1))[0]
         # Eq. (2): L = sum((1 - M) * (X^ - X)^2) / sum(M), in fp32: the mean over a token's values, then over the hidden
@@ -425,16 +420,17 @@ class S4D(ViT):
         if moae_layers is None:
             moae_layers = range(depth - depth // 2, depth)
         moae_layers = sorted(set(moae_layers))
+        if expert not in ("adapter", "ffn") or sigma is not None and not 0 <= sigma < float("inf"):
+            raise UserError(f"expert = {expert}, sigma = {sigma}: expected adapter or ffn, and None or 0 or more")
+        hidden = 4 * width if expert == "ffn" else adapter_width
         for name, value, first, last in (("experts", experts, 1, 1024), ("k", k, 1, experts),
                                          ("adapter_width", adapter_width, 1, 65536),
+                                         ("experts * width", experts * hidden, 1, 131072),  # for the memory's sake
                                          *(("moae_layers", i, 0, depth - 1) for i in moae_layers)):
             if type(value) is not int or not first <= value <= last:
                 raise UserError(f"{name} = {value}: expected {first} to {last}")
-        if expert not in ("adapter", "ffn") or sigma is not None and not 0 <= sigma < float("inf"):
-            raise UserError(f"expert = {expert}, sigma = {sigma}: expected adapter or ffn, and None or 0 or more")
-        ffn = expert == "ffn"
-        super().__init__(SIZES[size], {i: MoE(width, 4 * width if ffn else adapter_width, experts, k, sigma, residual,
-                                              ffn) for i in moae_layers})
+        super().__init__(SIZES[size], {i: MoE(width, hidden, experts, k, sigma, residual, ffn=expert == "ffn")
+                                       for i in moae_layers})
         self.architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
                                  experts=experts, k=k, adapter_width=adapter_width, moae_layers=moae_layers,
                                  sigma=sigma, residual=residual, expert=expert)
@@ -533,9 +529,9 @@ def read_checkpoint(path) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is no checkpoint of plain tensors, numbers and text, and its code is not run. If you trust"
-                        " it, convert it once: torch.save({'model': torch.load(OLD, weights_only=False)['model']}, NEW)"
-                        ) from error
+        raise UserError(
+            f"{path} holds more than plain tensors, numbers and text, and no code of a file is run. If you trust it, "
+            "convert it once: torch.save({'model': torch.load(OLD, weights_only=False)['model']}, NEW)") from error
     except FAULTS as error:
         raise UserError(f"{path} cannot be read as a checkpoint: {error!r}") from error
 

@@ -1,4 +1,4 @@
-"""500 damaged files: each gives a result or a one-line error that names the file, and none a crash, a hang or other
+"""600 damaged files: each gives a result or a one-line error that names the file, and none a crash, a hang or other
 weights than those that were saved."""
 import multiprocessing
 import random
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import data
-from data import CATALOGUE, DataError, load_samples, read_clip, read_image
-from model import CheckpointError, MaskedAutoencoder, SettingError, rebuild, read_checkpoint
+from data import CATALOGUE, load_samples, read_clip, read_image
+from model import MaskedAutoencoder, UserError, rebuild, read_checkpoint
 from pretrain import write
 
 SECONDS = 20                                # that one file may take
@@ -76,7 +77,7 @@ def outcome(use, path: Path, folder: Path) -> str:
     try:
         use(path, folder)
         return "used"
-    except (DataError, CheckpointError, SettingError) as error:
+    except UserError as error:
         said = str(error)
         return "refused" if path.name in said and "\n" not in said else f"says only {said!r}"
     except Exception as error:              # whatever else comes out is what this test looks for
@@ -109,15 +110,18 @@ def damaged_files(kind: str, faces: Path, folder: Path, count: int):
             yield path
             path.write_bytes(whole)
     else:
-        suffix = {"image": ".jpg", "video": ".mp4"}[kind]
-        files = sorted((faces / "synthetic").rglob(f"*{suffix}"))
+        root, suffixes = {"image": (faces, [".jpg"]), "video": (faces, [".mp4"]),
+                          "animation": (folder / "whole", [".gif", ".webp"])}[kind]
+        files = [path for path in sorted(root.rglob("*.*")) if path.suffix in suffixes]
         for i in range(count):
-            path = folder / f"{i}{suffix}"
-            path.write_bytes(damage(dice.choice(files).read_bytes(), dice))
+            whole = dice.choice(files)
+            path = folder / f"{i}{whole.suffix}"
+            path.write_bytes(damage(whole.read_bytes(), dice))
             yield path
 
 
-@pytest.mark.parametrize("kind, count", [("image", 140), ("video", 130), ("split", 130), ("checkpoint", 100)])
+@pytest.mark.parametrize("kind, count", [("image", 140), ("video", 130), ("animation", 100), ("split", 130),
+                                         ("checkpoint", 100)])
 def test_damaged_files_are_used_or_refused_in_a_line(tmp_path, faces, kind, count):
     (tmp_path / "synthetic").mkdir()
     for name in ("DFEW", "AffectNet"):
@@ -132,9 +136,14 @@ def test_damaged_files_are_used_or_refused_in_a_line(tmp_path, faces, kind, coun
                     (target / file.parent.name / file.name).write_bytes(file.read_bytes())
             else:
                 target.write_bytes(path.read_bytes())
+    (tmp_path / "whole").mkdir()
+    moving = [Image.effect_noise((64, 64), 20 + i).convert("RGB") for i in range(20)]
+    for suffix in ("gif", "webp"):
+        moving[0].save(tmp_path / f"whole/face.{suffix}", save_all=True, append_images=moving[1:])
     module = MaskedAutoencoder("tiny")
     write(tmp_path / "whole.pt", dict(stage="pretrain", architecture=module.architecture, model=module.state_dict()))
-    use = {"image": use_image, "video": use_video, "split": use_split, "checkpoint": use_checkpoint}[kind]
+    use = {"image": use_image, "video": use_video, "animation": use_video, "split": use_split,
+           "checkpoint": use_checkpoint}[kind]
     seen = []
     # A crash must not take pytest with it; a forked process cannot use its parent's threads.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), torch.set_num_threads, (1,)) as pool:

@@ -32,7 +32,7 @@ def test_options_in_the_readme_exist():
     known = {option for script in (evaluate, finetune, pretrain) for action in script.settings()._actions
              for option in action.option_strings}
     known |= {"--scale", "--mask", "--show", "--export", "--picture", "--plan"}  # of model.py and tests/
-    torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts"}
+    torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts", "--ipc"}
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
     assert used <= known | torchrun, used - known
 
