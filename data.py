@@ -93,8 +93,9 @@ def pretrain_frames(n: int, frames: int, stride: int) -> list[int]:
 
 
 def train_frames(n: int, frames: int, stride: int) -> list[int]:
-    """Frame numbers of a stage-2 training clip, as released: spread evenly over a random window of frames * stride, or
-    over all n frames, as many as these hold at the stride, and then the last repeated."""
+    """Frame numbers of a stage-2 training clip, as released. Of a long video a random window of frames * stride, spread
+    evenly; of a shorter one n // stride numbers spread over all of it, then the last frame again and again. 16 at
+    stride 4: of n = 30 frames 0 5 10 15 20 25 29 29 29 ..., of 20 frames 0 5 10 15 19 19 ..."""
     window = frames * stride
     if n > window:
         end = int(torch.randint(window, n, ()))

@@ -366,7 +366,7 @@ def cross_task(samples: Samples, probabilities: np.ndarray, classes: list[str]) 
     """Table IX: the other task's head on these samples, among the classes that both have; None if they share none.
 
     probabilities: (n, C') of the head whose classes are given. The paper does not say how one task's head sees the
-    other's data; here a head takes the representation Phi of either: an image's of one time slot, a video's of its clips.
+    other's data; here a head takes the representation of either, an image's of one time slot, a video's of clips.
     """
     ours, theirs = shared_classes(samples.classes, classes)
     kept = np.isin(samples.labels, ours)

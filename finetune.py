@@ -57,7 +57,8 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--experts", type=number(int, 1, 1024), default=8, help="experts in a MoAE layer, n")
     p.add_argument("--expert", choices=["adapter", "ffn"], default="adapter",
                    help="adapter: beside the FFN; ffn: ViT-MoE, copies of the pre-trained FFN replace it")
-    p.add_argument("--k", type=number(int, 1, 1024), default=2, help="experts per token")
+    p.add_argument("--k", type=number(int, 1, 1024), default=2,
+                   help="experts per token; with 1 the gate is never trained, as its weight is 1 whatever it says")
     p.add_argument("--adapter-width", type=number(int, 1, 65536), help="width r (a quarter of the token width)")
     p.add_argument("--moae-layers", default="later", help="layers with experts: early, middle, later or alternate "
                    "(half of the layers each), none, or a list as 6,7,8, counted from 0")
@@ -183,13 +184,13 @@ class JointLoss(nn.Module):
         if torch.rand(()) < self.mixing:
             x, labels = self.mix[m](x if m == "image" else tv_tensors.Video(x), labels)  # labels: (B, C)
             x = x.as_subclass(torch.Tensor)
-        # Times 0 in Eq. (3), a sum of the other head's weights gives them a gradient of 0, which DDP waits for. To
-        # AdamW it is a step like any other: its weights decay, its moments fade, so that its own next step is larger.
-        loss = {name: sum(p.sum() for p in head.parameters()) for name, head in self.model.head.items()}
-        loss[m] = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
         alpha = 1 if m == "video" else 0
+        loss_image, loss_video = (0, loss) if alpha else (loss, 0)
         # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER
-        total = (1 - alpha) * loss.get("image", 0) + alpha * loss.get("video", 0)
+        total = (1 - alpha) * loss_image + alpha * loss_video
+        # The other head's gradient is 0, not None: DDP waits for it, and AdamW's decay and moments go on, as released.
+        total = total + 0 * sum(p.sum() for p in self.model.head.parameters())
         if self.balance:
             total = total + self.balance * balancing_loss(self.model)
         return weight * total

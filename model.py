@@ -186,29 +186,24 @@ class Mlp(nn.Module):
 
 class Layer(nn.Module):
     """A pre-norm ViT layer; with adapters (`moe_layer`) beside its FFN it is the MoAE layer of Section III-D,
-    Eqs. (10)-(13). Experts that are FFNs replace it instead, as in ViT-MoE, which Table V compares.
-    """
+    Eqs. (10)-(13). ffn=False: the experts replace the FFN, as in ViT-MoE, which Table V compares."""
 
-    def __init__(self, width: int, heads: int, moe_layer: "MoE | None" = None):
+    def __init__(self, width: int, heads: int, moe_layer: nn.Module | None = None, ffn: bool = True):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = None if moe_layer is not None and moe_layer.ffn else Mlp(width, 4 * width)
+        self.mlp = Mlp(width, 4 * width) if ffn else None
         self.moe_layer = moe_layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Eq. (10): x' = x + MHSA(LayerNorm(x))
         x = x + self.attn(self.norm1(x))                                    # x'   (B, N, d)
         normed = in_autocast_precision(self.norm2(x))
-        if self.mlp is None:
-            return x + self.moe_layer(normed)
         # Eq. (11): x_g = FFN(LayerNorm(x'))
-        generic = self.mlp(normed)                                          # x_g  (B, N, d)
-        if self.moe_layer is None:
-            return x + generic
+        generic = 0 if self.mlp is None else self.mlp(normed)               # x_g  (B, N, d)
         # Eq. (12): x_s = MoAE(LayerNorm(x'))
-        specific = self.moe_layer(normed)                                   # x_s  (B, N, d)
+        specific = 0 if self.moe_layer is None else self.moe_layer(normed)  # x_s  (B, N, d)
         # Eq. (13): x_o = x' + x_g + x_s
         return x + generic + specific                                       # x_o  (B, N, d)
 
@@ -216,12 +211,13 @@ class Layer(nn.Module):
 class ViT(nn.Module):
     """Patch embedding and layers. `norm` is stage 1's; stage 2 normalises the mean token instead. No class token."""
 
-    def __init__(self, size: Size, moe_layers: dict[int, "MoE"], final_norm: bool = False):
+    def __init__(self, size: Size, moe_layers: dict[int, nn.Module], final_norm: bool = False):
         super().__init__()
         self.size = size
         self.patch_embed = PatchEmbed(size)
         self.register_buffer("positions", sincos_table(size.video_tokens, size.width), persistent=False)
-        self.blocks = nn.Sequential(*(Layer(size.width, size.heads, moe_layers.get(i)) for i in range(size.depth)))
+        self.blocks = nn.Sequential(*(Layer(size.width, size.heads, moe_layers.get(i),
+                                            ffn=not isinstance(moe_layers.get(i), FFNMoE)) for i in range(size.depth)))
         self.norm = nn.LayerNorm(size.width, eps=1e-6) if final_norm else nn.Identity()
 
     def encode(self, patches: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -351,61 +347,56 @@ class NoisyTopKGate(nn.Module):
 
 
 class MoE(nn.Module):
-    """Mixture of experts: a gate and n experts of hidden width r, (B, N, d) -> (B, N, d).
+    """Mixture of adapter experts, MoAE: a gate and n experts of hidden width r, (B, N, d) -> (B, N, d).
 
-    It is the paper's MoAE, whose experts are adapters. residual: the x in Eq. (8), which the released experts lack.
-    ffn: the experts are full FFNs, as in ViT-MoE.
+    residual: the x in Eq. (8), which the released experts lack.
     """
 
     def __init__(self, width: int, hidden: int, experts: int = 8, k: int = 2, sigma: float | None = None,
-                 residual: bool = True, ffn: bool = False):
+                 residual: bool = True):
         super().__init__()
-        self.residual, self.ffn = residual, ffn
+        self.residual = residual
         self.router = NoisyTopKGate(width, experts, k, sigma)
         self.experts = nn.ModuleList(Mlp(width, hidden) for _ in range(experts))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.router(x)                                    # Eqs. (4) to (6), (B, N, k) each
-        w1, b1 = stacked([expert.fc1 for expert in self.experts])           # (n, r, d), (n, r)
-        w2, b2 = stacked([expert.fc2 for expert in self.experts])           # (n, d, r), (n, d)
-        if self.ffn:
-            outputs = chosen_outputs(x, chosen, w1, b1, w2, b2)             # (B, N, k, d)
-            # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x)
-            return (weights[..., None].to(outputs.dtype) * outputs).sum(dim=-2)
-        # Adapters are small: all n of them, in two large products, take less time than gathering the tokens of each.
-        # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2, whose GELUs these are, for all n experts
-        inner = F.gelu(F.linear(x, w1.flatten(0, 1), b1.flatten())).unflatten(-1, b1.shape)  # (B, N, n, r)
+        # Adapters are small, so all n are computed side by side and what was not chosen is multiplied by 0.
+        w1 = torch.cat([expert.fc1.weight for expert in self.experts])      # (n r, d): every expert's W_1, and so on
+        b1 = torch.cat([expert.fc1.bias for expert in self.experts])        # (n r)
+        w2 = torch.cat([expert.fc2.weight for expert in self.experts], 1)   # (d, n r)
+        b2 = torch.stack([expert.fc2.bias for expert in self.experts])      # (n, d)
+        # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2: the GELUs of all n; the rest, linear, follows below
+        inner = F.gelu(F.linear(x, w1, b1)).unflatten(-1, (len(b2), -1))    # (B, N, n, r)
         gates = torch.zeros_like(inner[..., 0]).scatter(-1, chosen, weights.to(inner.dtype))  # G(x), (B, N, n)
-        # Eq. (9): MoAE(x) = sum_i G(x)_i Adapter_i(x), a sum inside two products; its x stays x, as the gates sum to 1
-        out = F.linear((gates[..., None] * inner).flatten(-2), w2.transpose(0, 1).flatten(1)) + gates @ b2
-        return x + out if self.residual else out
+        # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x); Eq. (9) is the same with E_i = Adapter_i. The products are the sum
+        out = F.linear((gates[..., None] * inner).flatten(-2), w2) + gates @ b2  # sum_i G_i (W_2 GELU(...) + b_2)
+        return x + out if self.residual else out                            # sum_i G_i x = x, as the gates sum to 1
 
 
-def stacked(layers: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights (n, out, in) and biases (n, out) of n linear layers of one shape."""
-    return torch.stack([layer.weight for layer in layers]), torch.stack([layer.bias for layer in layers])
+class FFNMoE(MoE):
+    """ViT-MoE's experts, full FFNs of hidden width 4 d: too large to compute them all. Skip it on a first reading."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The B N k choices are sorted by expert. How many each has stays on the device: nothing waits for it."""
+        weights, chosen = self.router(x)                                    # (B, N, k) each
+        order = chosen.flatten().argsort()
+        own = chosen.flatten()[order, None] == torch.arange(len(self.experts), device=x.device)  # (B N k, n)
+        ends, own = own.sum(0).cumsum(0).to(torch.int32), own.to(x.dtype)
+        rows = x.flatten(0, 1).index_select(0, order // chosen.shape[-1])   # (B N k, d), expert by expert
 
-def chosen_outputs(x: torch.Tensor, chosen: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor,
-                   b2: torch.Tensor) -> torch.Tensor:
-    """What a token's k experts make of it, and no other expert: x (B, N, d), chosen (B, N, k) -> (B, N, k, d).
+        def linear(rows: torch.Tensor, layers: list[nn.Linear]) -> torch.Tensor:
+            weight, bias = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+            return F.grouped_mm(rows, weight.to(x.dtype).transpose(1, 2), offs=ends) + own @ bias
 
-    The B N k choices are sorted by expert. How many each has stays on the device, so that nothing waits for it.
-    """
-    order = chosen.flatten().argsort()
-    own = chosen.flatten()[order, None] == torch.arange(len(w1), device=x.device)  # (B N k, n), one True in a row
-    ends, own = own.sum(0).cumsum(0).to(torch.int32), own.to(x.dtype)
-
-    def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.grouped_mm(rows, weight.to(x.dtype).transpose(1, 2), offs=ends) + own @ bias
-
-    rows = x.flatten(0, 1).index_select(0, order // chosen.shape[-1])       # (B N k, d), expert by expert
-    outputs = linear(F.gelu(linear(rows, w1, b1)), w2, b2)
-    return outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)
+        rows = F.gelu(linear(rows, [expert.fc1 for expert in self.experts]))
+        rows = linear(rows, [expert.fc2 for expert in self.experts])
+        outputs = rows.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (B, N, k, d)
+        return (weights[..., None].to(outputs.dtype) * outputs).sum(dim=-2)
 
 
 class S4D(ViT):
-    """The encoder with MoAE in some layers, and a linear head for images and one for videos (Section III-C).
+    """The encoder with MoAE in some layers, and two heads, of images and of videos (Section III-C; linear as released).
 
     image_classes, video_classes: class names in label order. moae_layers: indices of the layers with experts,
     None = the last half, [] = none. expert: "adapter", or "ffn" for ViT-MoE, whose experts replace the FFN.
@@ -429,8 +420,8 @@ class S4D(ViT):
                                          *(("moae_layers", i, 0, depth - 1) for i in moae_layers)):
             if type(value) is not int or not first <= value <= last:
                 raise UserError(f"{name} = {value}: expected {first} to {last}")
-        super().__init__(SIZES[size], {i: MoE(width, hidden, experts, k, sigma, residual, ffn=expert == "ffn")
-                                       for i in moae_layers})
+        layer = FFNMoE if expert == "ffn" else MoE
+        super().__init__(SIZES[size], {i: layer(width, hidden, experts, k, sigma, residual) for i in moae_layers})
         self.architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
                                  experts=experts, k=k, adapter_width=adapter_width, moae_layers=moae_layers,
                                  sigma=sigma, residual=residual, expert=expert)

@@ -233,23 +233,23 @@ def check(loss: float, norm: float, failed: float, problem: str, where: str, sou
         raise UserError(problem)
 
 
-def leave_out(errors: list[str], modality: str, left_out: dict[str, str], sources: dict[str, Source]) -> str:
+def leave_out(errors: list[str], m: str, left_out: dict[str, str], sources: dict[str, Source]) -> str:
     """Name what cannot be read, once each; what to say if it is more than 1 % of its data set."""
     for error in errors:
         if error not in left_out:
             tqdm.write(f"left out: {error}", file=sys.stderr)
-        left_out[error] = modality
-    count, n = list(left_out.values()).count(modality), len(sources[modality].samples)
+        left_out[error] = m
+    count, n = list(left_out.values()).count(m), len(sources[m].samples)
     if not errors or count <= 0.01 * n:
         return ""
-    return f"{count} of {n} {modality}s cannot be read, more than 1 %; the last: {errors[-1]}"
+    return f"{count} of {n} {m}s cannot be read, more than 1 %; the last: {errors[-1]}"
 
 
 def means(state: dict) -> dict:
     """What the log says of an epoch's steps."""
     by_modality = {}
-    for modality, loss in state["losses"]:
-        by_modality.setdefault(modality, []).append(loss)
+    for m, loss in state["losses"]:
+        by_modality.setdefault(m, []).append(loss)
     return dict(losses=state["losses"], loss={m: sum(values) / len(values) for m, values in by_modality.items()},
                 left_out=len(state["left_out"]))
 
@@ -473,7 +473,7 @@ def guarded(main) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} Give a smaller --micro-batch: the result stays the same")
+        sys.exit(f"error: {str(error).splitlines()[0]} Give a smaller --micro-batch: a step's samples stay the same")
     except OSError as error:                # permission, space, a pipe that was closed: in the system's own words
         sys.exit(f"error: {': '.join(str(part) for part in (error.filename, error.strerror or error) if part)}")
     except RuntimeError as error:

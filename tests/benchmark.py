@@ -260,7 +260,7 @@ def step_ratios(what: str, target: float, measured: dict) -> list[list]:
     """Ours against transformers at equal precision, and in memory; for masked clips also each one's default."""
     pairs = [("bf16", "bf16", target), ("fp32", "fp32", target)] + [("bf16", "fp32", 2.5)] * ("clips at" in what)
     ratios = [ratio(f"{what}, {own}", f"transformers, {peer}", measured["ours", own]["time"],
-                    measured["transformers", peer]["time"], at_least) for own, peer, at_least in pairs]
+                    measured["transformers", peer]["time"], f"{at_least}") for own, peer, at_least in pairs]
     ours, theirs = (measured[who, "bf16"]["peak"] for who in RIVALS)
     return [*ratios, [f"{what}, peak memory", "transformers, bf16", f"{ours:.0f} MiB", f"{theirs:.0f} MiB",
                       f"{ours / theirs:.2f} of theirs", "at most 0.8"]]
@@ -512,43 +512,43 @@ class Asked(TorchDispatchMode):
             lambda x: x if not isinstance(x, torch.Tensor) else there[id(x)] if id(x) in there else OnGpu(x), out)
 
 
-def train_step(process: Process, model, objective, m: str) -> None:
-    """A step of two micro-batches of modality m, by `train` itself."""
-    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), 0.05), fused=True)
-    sources = {m: data.Source(data.Samples("", m, CLASSES, ROOT, np.full(4, b""), np.zeros(4, np.int64)), 4, 2)}
-    batch = [random_batch(m, 2, model.size), torch.zeros(2, dtype=torch.long), []]
-    folder = Mock(stage="counting", **{"load.return_value": None, "due.return_value": False})
-    with patch("pretrain.loader", lambda *_, sampler, **options: ([micro, *batch] for micro in sampler)):
-        train(process, SimpleNamespace(epochs=1, workers=0, compile=None, clip_grad=None), folder, model, objective,
-              optimizer, Rate(1e-4, 0, 1, 0, 0), data.Schedule(sources, 0, 1, 0, 1), SimpleNamespace(sources=sources))
+def training_step(process: Process, objective, m: str):
+    """A function that lets `train` do a step of two micro-batches of modality m."""
+    optimizer = torch.optim.AdamW(decayed(objective.model.named_parameters(), 0.05), fused=True)
+    samples = data.Samples("", m, CLASSES, ROOT, np.full(4, b""), np.zeros(4, np.int64))
+    drawn = SimpleNamespace(sources={m: data.Source(samples, batch=4, micro=2)},
+                            batch=[random_batch(m, 2, objective.model.size), torch.zeros(2, dtype=torch.long), []])
+    return partial(train, process, SimpleNamespace(epochs=1, workers=0, compile=None, clip_grad=None),
+                   Mock(stage="counting", **{"load.return_value": None, "due.return_value": False}), objective.model,
+                   objective, optimizer, Rate(1e-4, 0, 1, 0, 0), data.Schedule(drawn.sources, 0, 1, 0, 1), drawn)
 
 
-def test_pass(process: Process, model: S4D) -> None:
-    """A pass over a test set of one batch."""
-    samples = data.Samples("", "image", CLASSES, ROOT, np.full(2, b""), np.zeros(2, np.int64))
+def evaluate_batch(process: Process, model: S4D) -> None:
+    samples = data.Samples("counting", "image", CLASSES, ROOT, np.full(2, b""), np.zeros(2, np.int64))
     views = random_batch("image", 2, model.size)[:, None]
     with patch("evaluate.loader", lambda *_, batch_sampler: ([index, views, None] for index in batch_sampler)):
         observe(model, data.TestData(samples, model.size), process, 0)
 
 
 def benchmark_count(size: str) -> None:
-    """In bf16, of each the second, for which no constant is new. What it finds is computed, on the CPU."""
+    """Each is done twice, in bf16, and counted the second time, when no constant and no moment is new."""
     process, make_tensor, rows = Process(0, 1, GPU, torch.bfloat16), torch.tensor, []
     with Asked() as asked, patch("model.attend", F.scaled_dot_product_attention), \
             patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True), \
-            patch("torch.tensor", lambda *x, device="cpu", **options: make_tensor(*x, **options).to(device)):
+            patch("torch.tensor", lambda *x, device="cpu", **options: make_tensor(*x, **options).to(device)), \
+            patch("pretrain.loader", lambda drawn, *_, sampler, **options: ([m, *drawn.batch] for m in sampler)):
         with GPU:
             autoencoder, model = MaskedAutoencoder(size), S4D(size, CLASSES, CLASSES)
-        for what, run in (
-                ("stage 1, a step", partial(train_step, process, autoencoder,
-                                            ReconstructionLoss(autoencoder, MASK_RATIO), "video")),
-                ("stage 2, a step", partial(train_step, process, model, JointLoss(model, mixing=1.0), "image")),
-                ("evaluation of a batch", partial(test_pass, process, model))):
+        for what, run in {
+                "stage 1, a step of two micro-batches": training_step(
+                    process, ReconstructionLoss(autoencoder, MASK_RATIO), "video"),
+                "stage 2, a step of two micro-batches": training_step(process, JointLoss(model, mixing=1.0), "image"),
+                "evaluation of a batch": partial(evaluate_batch, process, model)}.items():
             run()
             asked.kernels, asked.waits = 0, Counter()
             run()
             rows.append([what, asked.waits.total(), asked.kernels, ", ".join(asked.waits.elements())])
-    print(markdown([f"size {size}", "waits", "kernels", "where the host waits"], rows))
+    print(f"\n{markdown([f'size {size}', 'waits', 'kernels', 'where the host waits'], rows)}")
 
 
 def main() -> None:

@@ -118,6 +118,7 @@ def zip_of(path):
     return path.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_odd_files_are_refused_by_name(tmp_path, stage1):
     for name, contents in odd_files(tmp_path, stage1):
         (tmp_path / name).write_bytes(contents)
@@ -141,7 +142,8 @@ def test_unreadable_files_are_refused_by_name(tmp_path, stage1):
 @pytest.mark.parametrize("change", [
     dict(experts=10 ** 30), dict(experts=1025), dict(experts=0), dict(experts="8"), dict(adapter_width=10 ** 12),
     dict(k=-1), dict(k=9), dict(k=1.5), dict(experts=1024, adapter_width=65536), dict(experts=1024, expert="ffn"),
-    dict(sigma=math.nan), dict(sigma=-1.0), dict(sigma="much"), dict(moae_layers=[4]), dict(moae_layers=["1"]), dict(moae_layers=3), dict(expert="head"), dict(size="huge"), dict(size=[]), dict(colour=1),
+    dict(sigma=math.nan), dict(sigma=-1.0), dict(sigma="much"), dict(moae_layers=[4]), dict(moae_layers=["1"]),
+    dict(moae_layers=3), dict(expert="head"), dict(size="huge"), dict(size=[]), dict(colour=1),
     dict(image_classes=3)])
 def test_descriptions_that_make_no_model_are_refused(change):
     module = S4D("tiny", CLASSES)

@@ -14,8 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune import JointLoss  # noqa: E402
-from model import (MASK_RATIO, MoE, S4D, Attention, Layer, MaskedAutoencoder, NoisyTopKGate, PatchEmbed,  # noqa: E402
-                   SIZES, UserError, masked_tokens, patchify, random_mask, sincos_table)
+from model import (FFNMoE, MASK_RATIO, MoE, S4D, Attention, Layer, MaskedAutoencoder, NoisyTopKGate,  # noqa: E402
+                   PatchEmbed, SIZES, UserError, masked_tokens, patchify, random_mask, sincos_table)
 
 TINY = SIZES["tiny"]  # 48 x 48 pixels in 8 x 8 patches: 36 tokens per time slot, few enough for loops in Python
 HEAD_WIDTH = 64       # in every ViT of the paper: 768 / 12, and 384 / 6 in the decoder
@@ -404,7 +404,7 @@ def test_expert_layer_has_the_gradients_of_the_plain_sum(monkeypatch, residual):
 @pytest.mark.parametrize("tokens", [7, 2])  # of two tokens in all, some experts get none
 def test_ffn_experts_are_the_plain_sum_and_have_its_gradients(monkeypatch, tokens):
     """ViT-MoE; in float32, the most that torch's grouped product takes."""
-    module = random_weights(MoE(16, 64, 6, 2, ffn=True))
+    module = random_weights(FFNMoE(16, 64, 6, 2))
     x = torch.randn(2, tokens, 16, dtype=torch.float64)
     expected = torch.stack([torch.stack([moae(module, 2, token, residual=False) for token in s]) for s in x])
     module.float()
@@ -428,7 +428,7 @@ def assert_gradients_of_the_plain_sum(monkeypatch, module, x, residual, **tolera
 
 @pytest.mark.parametrize("ffn", [False, True])
 def test_a_token_depends_on_its_own_experts_alone(ffn):
-    module, x = random_weights(MoE(16, 4, 4, 2, ffn=ffn)).float(), torch.randn(1, 20, 16)
+    module, x = random_weights((FFNMoE if ffn else MoE)(16, 4, 4, 2)).float(), torch.randn(1, 20, 16)
     before, chosen = module(x)[0], module.router(x)[1][0]
     for number, expert in enumerate(module.experts):
         kept = {name: value.clone() for name, value in expert.state_dict().items()}
@@ -441,7 +441,7 @@ def test_a_token_depends_on_its_own_experts_alone(ffn):
 
 @pytest.mark.parametrize("ffn", [False, True])
 def test_experts_in_bf16_are_those_in_fp32_up_to_rounding(ffn):
-    module, results = MoE(64, 32, 4, ffn=ffn).eval(), []
+    module, results = (FFNMoE if ffn else MoE)(64, 32, 4).eval(), []
     x = torch.randn(2, 36, 64)
     for enabled in (False, True):
         module.zero_grad()

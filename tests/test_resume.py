@@ -1,21 +1,25 @@
 """Nothing is lost: killed, signalled and restarted runs, other settings and data, full disks, damaged files, failing
 processes, small and odd data."""
+import contextlib
 import json
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import quick, run_command, start_command
+from conftest import ROOT, quick, run_command, start_command
 from endure import differences, endure, finish, processes_of, start, wait_for_a_step
 
 import data
 import finetune
 import model
 import pretrain
+from model import UserError
 
 STAGE_1 = ["pretrain.py", "--dataset", "synthetic", "--batch-size", 16, "--workers", 1, "--resume"]
 STAGE_2 = ["finetune.py", "--dataset", "synthetic", "--batch-size", 8, "--workers", 1, "--resume", "--pretrained",
@@ -35,6 +39,30 @@ def losses(folder: Path) -> list:
 def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, faces):
     """python tests/endure.py does it 30 times, in both stages."""
     assert "equal bit for bit" in endure(tmp_path, faces, "finetune.py", 4, 1, 1, 0, "--pretrained", "none")
+
+
+def test_a_second_signal_does_not_wait_for_the_end_of_the_step(tmp_path, faces):
+    """Of a step that takes for ever; the first one waits for it."""
+    (tmp_path / "slow.py").write_text(f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import pretrain
+pretrain.TrainingData.read = lambda *given: open("reading", "w").close() or time.sleep(1000)
+pretrain.guarded(pretrain.main)
+""")
+    process = start_command(tmp_path, tmp_path / "slow.py", *STAGE_1[1:], "--data-root", faces, "--workers", 0,
+                            "--output", tmp_path / "run")
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "reading").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        text, _ = process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGTERM, text
+    finally:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +97,7 @@ def test_a_signal_ends_a_run_within_the_epoch_without_losing_a_step(whole, tmp_p
     text = (tmp_path / "output.txt").read_text()
     assert status == (128 + number if processes == 1 else 1), text  # torchrun's own exit status is 1
     assert processes == 2 or "Traceback" not in text
-    assert model.read_checkpoint(tmp_path / "stopped/last.pt")["progress"]["epoch"] < 3
+    assert model.read_checkpoint(tmp_path / "stopped/last.pt")["state"]["epoch"] < 3
     finish(start(tmp_path, *command, processes=processes), tmp_path)
     assert not differences(whole[processes], tmp_path / "stopped")
 
@@ -88,11 +116,12 @@ def test_torchrun_restarts_a_run_that_goes_on_where_it_was(whole, tmp_path, face
 
 # ------------------------------------------------------------------------------------------------ continued or refused
 
-def copy(run: Path, to: Path, script: str, **changes) -> Path:
-    """The run's folder again, with its last checkpoint changed."""
-    shutil.copytree(run / script, to)
+def copy(run: Path, to: Path, epoch: int) -> Path:
+    """The folder of stage 1 again, as if the run had so many epochs behind it, whatever the weights."""
+    shutil.copytree(run / "pretrain.py", to)
     checkpoint = torch.load(to / "last.pt", weights_only=True)
-    torch.save(checkpoint | changes, to / "last.pt")
+    checkpoint["state"] |= dict(epoch=epoch, step=0, losses=[])
+    torch.save(checkpoint, to / "last.pt")
     return to
 
 
@@ -100,25 +129,37 @@ def test_a_checkpoint_says_where_it_comes_from(run, faces):
     checkpoint = model.read_checkpoint(run / "finetune.py/last.pt")
     made_by = checkpoint["made_by"]
     assert made_by["torch"] == torch.__version__ and made_by["processes"] == 1 and "--epochs 2" in made_by["command"]
-    assert checkpoint["settings"]["seed"] == 0 and checkpoint["settings"]["batch_size"] == 8
+    identity = checkpoint["identity"]
+    assert identity["seed"] == 0 and identity["batch_size"] == 8 and identity["video stride"] == 2
+    assert not {"output", "resume", "workers", "data_root"} & identity.keys()
     train, test = (data.load_samples("synthetic", faces, split) for split in ("train", "test"))
-    video = checkpoint["data"]["train"]["video"]
-    assert (video["name"], video["fold"], video["samples"]) == ("synthetic", 1, 28)
-    assert video["fingerprint"] == train.fingerprint() != test.fingerprint()
-    assert checkpoint["data"]["test"]["video"]["fingerprint"] == test.fingerprint()
-    assert torch.equal(video["digests"], torch.from_numpy(train.digests()))
+    assert identity["train video"] == train.identity() == (
+        f"synthetic, fold 1, stride 2: 28 samples, fingerprint {train.fingerprint()}")
+    assert identity["test video"] == test.identity() and train.fingerprint() != test.fingerprint()
+    assert torch.equal(checkpoint["digests"]["video"], torch.from_numpy(train.digests()))
+    assert checkpoint["digests"].keys() == {"image", "video"}
     assert not set(train.digests().tolist()) & set(test.digests().tolist()) and len(set(train.digests())) == 28
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--seed", 1], "was trained with --seed 0, not 1: that is another run"),
-    (["--lr", 0.5], "was trained with --lr 0.024, not 0.5"),
-    (["--image-dataset", "none"], "--image-dataset None, not none"),
+    (["--seed", 1], "was trained with seed 0, not 1: that is another run"),
+    (["--lr", 0.5], "was trained with lr 0.024, not 0.5"),
+    (["--video-mask-ratio", 0.5], "was trained with video_mask_ratio 0.862, not 0.5"),
+    (["--stride", 1], "was trained with stride None, not 1"),
+    (["--image-dataset", "none"], "was trained with image_dataset synthetic-images, not none"),
 ])
 def test_other_settings_are_refused(run, faces, more, message):
-    with pytest.raises(model.CheckpointError, match=message):
+    with pytest.raises(UserError, match=message):
         quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output",
               run / "pretrain.py", *more)
+
+
+def test_settings_that_change_no_number_may_change(run, faces, capsys):
+    """--image-dataset and --stride as they follow from the data set, other loading, another time between checkpoints."""
+    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", run / "pretrain.py", "--workers", 0,
+          "--image-dataset", "synthetic-images", "--dataset", "synthetic-unlabelled", "--size", "tiny",
+          "--save-minutes", 3)
+    assert "resumed from" in capsys.readouterr().out
 
 
 def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(run, faces, tmp_path, capsys):
@@ -128,16 +169,13 @@ def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(run, faces, 
     assert "resumed from" in capsys.readouterr().out
     split = tmp_path / "synthetic/AffectNet/train_affectnet7.txt"
     split.write_text("".join(split.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(model.CheckpointError, match=r"belongs to other data: its image train data were 105 samples.* "
-                                                    r"now they are 104"):
+    with pytest.raises(UserError, match=r"was trained with train image .*: 105 samples, fingerprint .*, not .*: 104 "
+                                        r"samples, fingerprint .*: that is another run"):
         quick(finetune, *command)
 
 
 def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
-    shutil.copytree(run / "pretrain.py", tmp_path / "run")
-    checkpoint = torch.load(tmp_path / "run/previous.pt", weights_only=True)
-    checkpoint["progress"] |= dict(pretrain.new_epoch(), epoch=2)  # one epoch to go, whatever the weights
-    torch.save(checkpoint, tmp_path / "run/last.pt")
+    copy(run, tmp_path / "run", epoch=2)
     shutil.copytree(tmp_path / "run", tmp_path / "one")
     quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "one")
     text = run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
@@ -148,58 +186,58 @@ def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
         [loss for _, loss in losses(tmp_path / "one")], rel=2e-3)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(run, faces, tmp_path, capsys):
-    folder = copy(run, tmp_path / "run", "pretrain.py")
-    whole = bytearray((folder / "last.pt").read_bytes())
-    whole[len(whole) // 2] ^= 1             # one wrong bit in a weight
-    (folder / "last.pt").write_bytes(whole)
-    command = [*STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder]
-    quick(pretrain, *command)
-    printed = capsys.readouterr()
-    assert "is damaged: the checksum of its part" in printed.err and "the checkpoint before it is taken" in printed.err
-    assert not differences(run / "pretrain.py", folder)
-    for name in ("last.pt", "previous.pt"):
-        (folder / name).write_bytes(whole[:1000])
-    with pytest.raises(model.DamagedError, match="previous.pt cannot be read"):
-        quick(pretrain, *command)
+def test_a_damaged_checkpoint_is_said_and_stays(run, faces, tmp_path):
+    folder = copy(run, tmp_path / "run", epoch=2)
+    whole = (folder / "last.pt").read_bytes()
+    changed = bytearray(whole)
+    changed[len(whole) // 2] ^= 1           # one wrong bit in a weight
+    for damaged, said in ((changed, "the checksum of its part"), (whole[:1000], "")):
+        (folder / "last.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{folder}/last.pt cannot be read as a checkpoint: .*{said}"):
+            quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder)
+        assert (folder / "last.pt").read_bytes() == damaged
 
 
 def test_what_is_no_run_to_continue_is_said_in_a_line(run, faces, tmp_path):
     command = [*STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output"]
-    folder = copy(run, tmp_path / "bare", "pretrain.py")
+    folder = copy(run, tmp_path / "bare", epoch=2)
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
     del checkpoint["optimizer"]
     torch.save(checkpoint, folder / "last.pt")
-    with pytest.raises(model.CheckpointError, match="no checkpoint of pretrain to continue from.*lacks optimizer"):
+    with pytest.raises(UserError, match="last.pt is no checkpoint to continue from: it lacks .*optimizer"):
         quick(pretrain, *command, folder)
-    with pytest.raises(model.CheckpointError, match="no checkpoint of pretrain to continue from: it is of finetune"):
+    with pytest.raises(UserError, match="finetune.py/last.pt was trained with "):
         quick(pretrain, *command, run / "finetune.py")
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(model.CheckpointError, match="folder .*file cannot be written"):
-        quick(pretrain, *command, tmp_path / "file")
 
 
-def test_a_lost_log_is_said_and_begun_anew(run, faces, tmp_path, capsys):
-    shutil.copytree(run / "pretrain.py", tmp_path / "run")
-    (tmp_path / "run/last.pt").unlink()
-    (tmp_path / "run/log.jsonl").unlink()
-    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run")
-    assert "holds 0 of 2 epochs; the others are lost" in capsys.readouterr().out
-    assert [record["epoch"] for record in epochs(tmp_path / "run")] == [3]
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.jsonl"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_holds_part_of_a_run_is_not_written_over(run, faces, tmp_path, name, resume):
+    """Also with --resume, which needs last.pt."""
+    shutil.copy(run / "finetune.py" / name, tmp_path)
+    before = (tmp_path / name).read_bytes()
+    command = [*STAGE_2[1:], "--data-root", faces, "--epochs", 2, "--output", tmp_path]
+    if resume and name == "last.pt":
+        return quick(finetune, *command)
+    with pytest.raises(UserError, match=f"{name} exists: give --resume to continue that run from last.pt, another"):
+        quick(finetune, *(argument for argument in command if resume or argument != "--resume"))
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_lost_log_is_begun_anew(run, faces, tmp_path):
+    folder = copy(run, tmp_path / "run", epoch=2)
+    (folder / "log.jsonl").unlink()
+    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder)
+    assert [record["epoch"] for record in epochs(folder)] == [3]
 
 
 def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(run, faces, tmp_path):
-    shutil.copytree(run / "pretrain.py", tmp_path / "run")
-    (tmp_path / "run/last.pt").rename(tmp_path / "run/previous.pt")
-    before = (tmp_path / "run/previous.pt").read_bytes()
-    changed = torch.load(tmp_path / "run/previous.pt", weights_only=True)
-    changed["progress"] |= dict(pretrain.new_epoch(), epoch=2)  # one epoch to go
-    torch.save(changed, tmp_path / "run/last.pt")
-    before = (tmp_path / "run/last.pt").read_bytes()
-    (tmp_path / "run/last.pt.part").symlink_to("/dev/full")  # every write to it fails as on a full disk
-    with pytest.raises(model.CheckpointError, match=r"last.pt cannot be written: .*No space left .*MB are free"):
-        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run")
-    assert (tmp_path / "run/last.pt").read_bytes() == before and not list((tmp_path / "run").glob("*.part"))
+    folder = copy(run, tmp_path / "run", epoch=2)
+    before = (folder / "last.pt").read_bytes()
+    (folder / "last.pt.part").symlink_to("/dev/full")  # every write to it fails as on a full disk
+    with pytest.raises(UserError, match="last.pt cannot be written: .*No space left"):
+        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder)
+    assert (folder / "last.pt").read_bytes() == before and not list(folder.glob("*.part"))
 
 
 # ------------------------------------------------------------------------------------------- processes, losses, data
@@ -210,28 +248,22 @@ def test_four_processes_do_what_one_does(tmp_path, faces):
     quick(finetune, *command[1:], tmp_path / "1")
     run_command(tmp_path, *command, tmp_path / "4", processes=4)
     one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
-    assert [source for source, _ in one] == [source for source, _ in four]
+    assert [modality for modality, _ in one] == [modality for modality, _ in four]
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in four], rel=2e-3)
     for mine, theirs in zip(epochs(tmp_path / "1"), epochs(tmp_path / "4")):
-        for source in ("image", "video"):
-            share = mine["gates"][source]["2"]["share"]
+        for modality in ("image", "video"):
+            assert mine["gates"][modality].keys() == {"2", "3"}  # the last two of four, counted from 0
+            share = mine["gates"][modality]["2"]["share"]
             assert sum(share) == pytest.approx(1, abs=1e-3)
-            assert share == pytest.approx(theirs["gates"][source]["2"]["share"], abs=0.01)
+            assert share == pytest.approx(theirs["gates"][modality]["2"]["share"], abs=0.01)
 
 
-def test_the_first_processes_clock_alone_says_when_to_save(tmp_path, faces):
+def test_the_first_processes_clock_alone_says_when_to_save():
     """The others never write, so that to them a checkpoint is overdue for ever."""
-    (tmp_path / "late.py").write_text(f"""import os, sys
-sys.path.insert(0, {str(Path(pretrain.__file__).parent)!r})
-import pretrain
-save = pretrain.RunFolder.save
-pretrain.RunFolder.save = lambda *given: print("saving") or save(*given)
-pretrain.RunFolder.overdue = lambda self: os.environ["RANK"] == "1"
-pretrain.main()
-""")
-    text = run_command(tmp_path, tmp_path / "late.py", *STAGE_1[1:], "--data-root", faces, "--epochs", 1, "--output",
-                       tmp_path / "run", processes=2)
-    assert text.count("saving") == 2        # before and after the end of the epoch
+    for rank, saved_at, expected in ((0, -1e9, True), (1, -1e9, False), (0, time.monotonic(), False)):
+        folder = SimpleNamespace(process=pretrain.Process(rank, 2, torch.device("cpu"), torch.float32),
+                                 saved_at=saved_at, save_seconds=60)
+        assert pretrain.RunFolder.due(folder) == expected
 
 
 @pytest.mark.parametrize("script, command", [(pretrain, STAGE_1),
@@ -259,12 +291,11 @@ def test_a_process_that_fails_ends_all_with_its_own_message_first(tmp_path, face
                                      [*STAGE_2, "--lr", 1e30, "--warmup-epochs", 0]])
 def test_a_loss_that_is_not_finite_stops_naming_step_and_files(tmp_path, faces, command):
     script = {"pretrain.py": pretrain, "finetune.py": finetune}[command[0]]
-    with pytest.raises(pretrain.NotFinite, match=r"at step \d, epoch 1, a batch of (images|videos)s?: .*\.(jpg|mp4)"):
+    with pytest.raises(UserError, match=r"the loss became .* at epoch 1, step \d, a batch of (images|videos): stopped "
+                                        r"before the weights change\..*\.(jpg|mp4)"):
         quick(script, *command[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
               "--save-minutes", 0)
-    for name in ("last.pt", "previous.pt"):
-        if (tmp_path / "run" / name).exists():
-            model.load_checkpoint(tmp_path / "run" / name)
+    model.load_checkpoint(tmp_path / "run/last.pt")  # which refuses weights that are not finite
 
 
 def small_data(faces: Path, root: Path, clips: int, images: int, label: int | None = None) -> Path:
@@ -306,27 +337,78 @@ def test_an_empty_test_fold_is_said_before_training(tmp_path, faces):
     root = small_data(faces, tmp_path, 3, 3)
     path = root / "synthetic/DFEW/EmoLabel_DataSplit/test(single-labeled)/test_set_1.csv"
     path.write_text("video_name,label\n")
-    with pytest.raises(data.DataError, match="test_set_1.csv holds no samples"):
+    with pytest.raises(UserError, match="test_set_1.csv holds no samples"):
         quick(finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_more_validation_data_than_a_class_has_samples_is_said(tmp_path, faces):
     root = small_data(faces, tmp_path, 1, 1)
-    with pytest.raises(data.DataError, match="--validation 0.2 of the 1 samples .* leaves none to hold out"):
+    with pytest.raises(UserError, match="--validation 0.2 of the 1 samples .* leaves none to hold out"):
         quick(finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run", "--validation",
               0.2)
 
 
-def test_the_gradient_is_clipped_to_the_norm_that_is_set():
-    weights, direction = torch.nn.Linear(3, 1, bias=False), torch.tensor([[3.0, 0, 4.0]])
+class Steps(list):
+    """As many steps as given batches, each of one micro-batch."""
+    sources = {"image": data.Source(SimpleNamespace(path=lambda i: f"{i}.jpg"), 1, 1)}
+
+    def steps(self):
+        """A schedule of them."""
+        schedule = self.__class__(data.MicroBatch("image", 0, step, 0, np.array([7]), 1.0, True, 0)
+                                  for step in range(len(self)))
+        schedule.start = None
+        return schedule
+
+    def __getitem__(self, micro):
+        return micro, super().__getitem__(micro.step), torch.zeros(1), []
+
+
+def train_linear(batches: list, clip: float | None = None) -> tuple[torch.Tensor, list]:
+    """pretrain.train with a loss whose gradient is the batch itself, by plain descent at rate 1, from weights of 0.
+    Returns the weights at the end and what the log has."""
+    weights, steps, records = torch.nn.Linear(3, 1, bias=False), Steps(batches), []
+    torch.nn.init.zeros_(weights.weight)
+    folder = SimpleNamespace(load=lambda *_: None, due=lambda: False, stage="pretrain",
+                             save=lambda model, optimizer, state, record=None, best=False: records.append(record))
+    with contextlib.suppress(UserError):
+        pretrain.train(pretrain.Process(0, 1, torch.device("cpu"), torch.float32),
+                       SimpleNamespace(epochs=1, workers=0, compile=None, clip_grad=clip), folder, weights,
+                       Linear(weights), torch.optim.SGD(weights.parameters(), 1.0, fused=True),
+                       pretrain.Rate(1.0, 0, len(batches), 1.0, 1.0), steps.steps(), steps)
+    return weights.weight.detach(), records
+
+
+class Linear(torch.nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x, labels, weight):
+        return weight * (self.weights.weight * x).sum()
+
+
+@pytest.fixture
+def signals():
+    """`train` catches them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_gradient_is_clipped_to_the_norm_that_is_set(signals):
+    direction = torch.tensor([[3.0, 0, 4.0]])
     for clip, expected in ((None, [3.0, 0, 4.0]), (1.0, [0.6, 0, 0.8]), (50.0, [3.0, 0, 4.0])):
-        before = weights.weight.detach().clone()
-        optimizer = torch.optim.SGD(weights.parameters(), 1.0)
-        micro = data.MicroBatch("image", 0, 0, 0, torch.arange(0), 1.0, True, 0)
-        one = pretrain.Run(0, 1, torch.device("cpu"), torch.float32)
-        done = pretrain.optimise(one, lambda x, labels, weight: weight * (weights.weight * x).sum(),
-                                 iter([(micro, direction, torch.zeros(1), [])]), optimizer,
-                                 pretrain.Unreadable({"image": data.Source(None, 1, 1)}, {}), 0, clip, False)
-        assert done.norm == pytest.approx(5.0)
-        assert (before - weights.weight.detach()).flatten().tolist() == pytest.approx(expected, rel=1e-4)
+        weights, _ = train_linear([direction], clip)
+        assert (-weights).flatten().tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_no_weight(signals, value):
+    good, bad = torch.tensor([[3.0, 0, 4.0]]), torch.tensor([[1.0, value, 1.0]])
+    weights, records = train_linear([good, bad])
+    assert (-weights).flatten().tolist() == [3.0, 0, 4.0] and not records  # nothing is saved after it either
+    weights, records = train_linear([good, good])
+    assert (-weights).flatten().tolist() == [6.0, 0, 8.0]
+    assert [loss for _, loss in records[-1]["losses"]] == [0, -25] and records[-1]["loss"] == {"image": -12.5}

@@ -14,14 +14,14 @@ SMALL = ["--dataset", "synthetic", "--batch-size", "16", "--workers", "1"]
 
 
 def losses(folder) -> list:
-    """Source and loss of every step of a run."""
+    """Modality and loss of every step of a run."""
     epochs = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [tuple(step) for epoch in epochs for step in epoch["losses"]]
 
 
 def assert_same_losses(one, two, steps=20):
-    assert [source for source, _ in one] == [source for source, _ in two]
-    assert {source for source, _ in one} == {"image", "video"}
+    assert [modality for modality, _ in one] == [modality for modality, _ in two]
+    assert {modality for modality, _ in one} == {"image", "video"}
     assert len(one) >= steps
     assert [loss for _, loss in one[:steps]] == pytest.approx([loss for _, loss in two[:steps]], rel=2e-3)
 
@@ -44,7 +44,7 @@ def runs(tmp_path_factory, faces):
 def test_both_stages_run_and_say_what_they_derived(runs):
     _, printed = runs
     for expected in ("M parameters; 1 process on", "peak learning rate", "micro-batches of 8",
-                     "'video': 273", "'image': 32"):
+                     "'video': 248", "'image': 26"):
         assert expected in printed["pretrain", 1]
     for expected in ("made new: blocks.*.moe_layer", "dropped: decoder", "labels run from 0 to 6", "last epoch",
                      "best epoch, chosen by WAR on the test fold itself", "true \\ predicted", "most frequent class"):
@@ -91,8 +91,10 @@ def test_checkpoints_hold_plain_data_and_rebuild_their_module(runs):
         module = model.load_checkpoint(folder / name)
         assert isinstance(module, model.MaskedAutoencoder if "pre" in name else model.S4D)
         assert all(torch.equal(value, checkpoint["model"][key]) for key, value in module.state_dict().items())
-        assert checkpoint["settings"]["dataset"] == "synthetic" and checkpoint["progress"]["epoch"] >= 1
-    assert module.architecture["video_classes"] == list(data.DFEW.classes)
+        assert checkpoint["state"]["epoch"] >= 1
+        dataset = "synthetic-unlabelled" if "pre" in name else "synthetic"
+        assert checkpoint["identity"]["dataset"] == dataset and checkpoint["identity"]["video stride"] == 2
+    assert module.architecture["video_classes"] == list(data.DFEW)
 
 
 def test_a_finished_run_is_not_overwritten(runs, faces):
@@ -113,15 +115,16 @@ def test_validation_data_can_choose_the_best_epoch(runs, faces):
 
 @pytest.mark.parametrize("status, arguments, expected", [
     (1, ["finetune.py", "--fold", 6], "fold 6 of dfew: expected 1 to 5"),
+    (2, ["finetune.py", "--fold", 0], "argument --fold: 0: expected 1 or more"),
     (2, ["finetune.py", "--dataset", "celebs"], "unknown data set 'celebs'"),
-    (1, ["finetune.py", "--stride", 0], "stride 0: expected 1 or more"),
-    (2, ["finetune.py", "--batch-size", 0], "--batch-size 0: expected 1 or more"),
+    (2, ["finetune.py", "--stride", 0], "argument --stride: 0: expected 1 or more"),
+    (2, ["finetune.py", "--batch-size", 0], "argument --batch-size: 0: expected 1 or more"),
     (1, ["finetune.py"], "DFEW/clip_jpg_256"),
-    (1, ["finetune.py"], "--dataset synthetic"),
-    (1, ["pretrain.py"], "VoxCeleb2/id*/*/*.mp4"),
+    (1, ["finetune.py"], "python tests/faces.py"),
+    (1, ["pretrain.py"], "VoxCeleb2/dev/mp4"),
     (1, ["finetune.py", "--dataset", "synthetic", "--pretrained", "lost.pt"],
-     "there is no stage-1 checkpoint lost.pt"),
-    (1, ["finetune.py", "--dataset", "synthetic", "--pretrained", "none", "--k", 9], "k = 9 experts per token"),
+     "/lost.pt: run pretrain.py first"),
+    (1, ["finetune.py", "--dataset", "synthetic", "--pretrained", "none", "--k", 9], "k = 9: expected 1 to 8"),
     (1, ["pretrain.py", "--dataset", "synthetic", "--image-mask-ratio", 0.01], "mask ratio 0.01 of 36 tokens"),
     (1, ["evaluate.py", "--checkpoint", "lost.pt"], "there is no checkpoint lost.pt"),
 ])
