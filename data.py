@@ -152,7 +152,7 @@ def augmentation(stage: str, modality: str, pixels: int, strength: str = "paper"
 
 def randaugment(operations: int, magnitude: int) -> v2.Transform:
     """'rand-m{magnitude}-n{operations}': magnitudes run to 10, each operation is applied with probability 1/2, and what
-    a warp brings in from outside is grey. Released warps are bicubic, which torchvision has not for tensors."""
+    a warp brings in from outside is grey. Released warps of clips are bicubic: torchvision has none for tensors."""
     one = v2.RandAugment(num_ops=1, magnitude=magnitude, num_magnitude_bins=11, fill=128,
                          interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([v2.RandomApply([one], p=0.5) for _ in range(operations)])

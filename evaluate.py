@@ -37,7 +37,7 @@ from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, MaskedAutoencoder, Si
                    channel_values, normalised_target, patchify, read_checkpoint, rebuild, same_classes, unnamed)
 from pretrain import Formatter, Process, default_workers, guarded, number, path, start
 
-# -------------------------------------------------------------------------------------- counting: Tables II, III and VI
+# -------------------------------------------------------------------------------------------- counting: Tables II to IX
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
     """Counts (C, C): rows are true classes, columns predicted ones."""
@@ -476,7 +476,7 @@ def unpatchify(patches: torch.Tensor, size: Size) -> torch.Tensor:
 def reconstruct(model: MaskedAutoencoder, x: torch.Tensor, ratio: float, process: Process) -> tuple:
     """Original, masked and reconstructed frames, a list of uint8 (B, T, 3, H, W); the loss, and that of the mean patch.
 
-    The model predicts patches normalised by their own mean and deviation (Section III-B), which are borrowed from the
+    The model predicts patches normalised by their own mean and deviation (as released), which are borrowed from the
     original for display. The mean patch predicts 0 everywhere.
     """
     torch.manual_seed(0)

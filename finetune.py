@@ -26,7 +26,8 @@ from pretrain import (Process, Rate, RunFolder, common_settings, decayed, descri
                       train)
 
 # With --size tiny, the default on drawn faces: what learns in minutes on two cores.
-TINY = dict(epochs=14, batch_size=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9, augment="light", mixing=0.0)
+TINY = dict(epochs=14, batch_size=16, micro_batch=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9, augment="light",
+            mixing=0.0)
 
 
 def settings() -> argparse.ArgumentParser:

@@ -494,8 +494,8 @@ def whole_file(path, mode: str = "wb", **options):
 def read_checkpoint(path) -> dict:
     """The plain dict in a checkpoint: tensors, numbers and text only, so that loading runs no code of the file.
 
-    Bare weights, as S4D, VideoMAE, MAE-DFER and transformers' VideoMAE are released (the last also as the folder with
-    model.safetensors or pytorch_model.bin), are described as a checkpoint of ours. UserError for anything else.
+    Bare weights, as S4D, VideoMAE (MAE-DFER's too) and transformers' VideoMAE are released (the last as a folder with
+    model.safetensors or pytorch_model.bin too), are described as a checkpoint of ours. UserError for anything else.
     """
     file = next((f for f in (Path(path, "model.safetensors"), Path(path, "pytorch_model.bin")) if f.is_file()), path)
     try:

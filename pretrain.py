@@ -43,7 +43,7 @@ from model import (MASK_RATIO, SIZES, Layer, MaskedAutoencoder, UserError, load_
 
 # With --size tiny, the default on drawn faces: what learns in minutes on two cores. Its few tokens are masked less, so
 # that as many stay visible as the paper's ratios leave: 10 of an image's 36 (100), 40 of a clip's 288 (800).
-TINY = dict(epochs=20, batch_size=16, lr=0.024, image_mask_ratio=0.73, video_mask_ratio=0.862)
+TINY = dict(epochs=20, batch_size=16, micro_batch=16, lr=0.024, image_mask_ratio=0.73, video_mask_ratio=0.862)
 
 
 def settings() -> argparse.ArgumentParser:
@@ -282,12 +282,13 @@ def compile_layers(model: nn.Module, backend: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
-def number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float = 1e9):
     """A type for argparse: a number from low to high."""
     def check(text: str):
         value = kind(text)
-        if not low <= value <= min(high, 1e9):
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} {f'to {high}' if high < math.inf else 'or more'}")
+        if not low <= value <= high:
+            limit = "or more" if value < low and high == 1e9 else f"to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} {limit}")
         return value
     check.__name__ = kind.__name__          # by which argparse refuses what is no number
     return check

@@ -297,9 +297,9 @@ def test_own_clips_through_stage_2_and_evaluation(faces, tmp_path):
                        "tiny", "--epochs", 1, "--warmup-epochs", 0, "--pretrained", "none", "--workers", 1)
     assert "writing to runs/learn/fold1" in text and "0 angry, 1 disgust" in text
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", "runs/learn/fold1/last.pt", "--workers", 1)
-    assert "held.csv: 14 test samples" in text
+    assert "videos-learn: 14 test samples, runs/learn/fold1/last.pt" in text
     text = run_here(tmp_path, "pretrain.py", "--image-dataset", "learn.csv", status=2)
-    assert "learn.csv holds videos with labels: expected none, frames" in " ".join(text.split())
+    assert "learn.csv holds videos with labels: expected images, or none or frames" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name, fits", [("affectnet-7", False), ("voxceleb2", False), ("lost.csv", False), ("x", False),
@@ -486,9 +486,11 @@ def test_unreadable_files_are_named(tmp_path):
     for name, text in (("text.jpg", "text"), ("empty.jpg", ""), ("text.mp4", "text"), ("empty.avi", ""),
                        ("damaged/1.jpg", "text")):
         (tmp_path / name).write_text(text)
+    video = write_video(tmp_path / "unknown.mp4", grey_frames(3)).read_bytes()
+    (tmp_path / "unknown.mp4").write_bytes(video.replace(b"avc1", b"none"))
     for read, names in ((read_image, ("text.jpg", "empty.jpg", "half.jpg", "gone.jpg")),
                         (lambda path: read_clip(path, range),
-                         ("sound.mp4", "text.mp4", "empty.avi", "gone.mp4", "nothing", "damaged"))):
+                         ("sound.mp4", "text.mp4", "empty.avi", "gone.mp4", "unknown.mp4", "nothing", "damaged"))):
         for name in names:
             with pytest.raises(UserError, match=name):
                 read(tmp_path / name)
@@ -633,7 +635,8 @@ def whole_way(name: str, stage: str, strength: str = "paper", pixels: int = 32):
     samples = made_up(name, [0])
     if stage == "test":
         return data.TestData(samples, SMALL).fit
-    fit, augment = data.fit(stage, samples, pixels, strength), data.augmentation(stage, samples.modality, pixels, strength)
+    fit = data.fit(stage, samples, pixels, strength)
+    augment = data.augmentation(stage, samples.modality, pixels, strength)
     return lambda x: augment(torch.stack([fit(frame) for frame in x]) if x.ndim == 4 else fit(x))
 
 

@@ -10,7 +10,7 @@ from conftest import run_command, run_here
 import data
 import model
 
-SMALL = ["--dataset", "synthetic", "--batch-size", "16", "--workers", "1"]
+SMALL = ["--dataset", "synthetic", "--batch-size", "16", "--micro-batch", "8", "--workers", "1"]
 
 
 def losses(folder) -> list:
