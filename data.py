@@ -623,6 +623,8 @@ def read_list(path: Path, header: bool = False) -> list[Row]:
     leads out of the folder. A line of csv is a sample: a quote does not span lines.
     """
     comma, table = path.suffix.lower() == ".csv", []
+    if not path.is_file():
+        raise UserError(f"{path} is {'no file' if path.exists() else 'not there'}: expected a list of samples")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         for number, line in enumerate(lines, 1):

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before torch is imported: a GPU adds up in no fixed order (test_gpu.py)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
