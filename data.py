@@ -465,9 +465,11 @@ def list_videos(media: Path) -> list[bytes]:
     def fail(error: OSError):
         raise error
 
-    names = []
-    for folder, _, files in tqdm(os.walk(media, onerror=fail, followlinks=True), f"listing {media}", unit=" folders"):
+    names, walk = [], os.walk(media, onerror=fail, followlinks=True)
+    for folder, folders, files in tqdm(walk, f"listing {media}", unit=" folders"):
         place = os.path.relpath(folder, media)
+        if "/" in place:                    # videos lie no deeper, and links may lead round and round
+            folders.clear()
         if re.fullmatch("id[^/]*/[^/]+", place):
             names += [os.fsencode(f"{place}/{file}") for file in files if file.endswith(".mp4")]
     if not names:

@@ -525,6 +525,8 @@ def media_files(file: Path, left_out: list[Path]) -> list[Path]:
         if not file.is_file():
             raise UserError(f"{file} is {'no regular file' if file.exists() else 'not there'}")
         return [file]
+    if os.path.realpath(file) in map(os.path.realpath, Path(os.path.abspath(file)).parents):
+        raise UserError(f"{file} is a link to a folder that it lies in")
     inside = [entry for entry in file.iterdir() if not entry.name.startswith(".")]
     inside.sort(key=lambda entry: natural(entry.name))
     media = [entry for entry in inside if entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES]
@@ -724,7 +726,8 @@ def settings() -> argparse.ArgumentParser:
 def main() -> None:
     p = settings()
     args = p.parse_args()
-    sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8
+    if sys.stdout:                          # None: closed
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8
     files = args.checkpoint or args.folds
     if args.checkpoint and len(files) > (1 if args.media else 2):
         p.error("expected --checkpoint once, or twice without FILE")
@@ -736,7 +739,8 @@ def main() -> None:
     folder = args.report or args.output or Path(
         os.path.commonpath([file.parent.absolute() for file in files]), "folds" if args.folds else "",
         "-".join(dict.fromkeys(file.stem for file in files)), "media" if args.media else "")
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = next(place for place in (folder, *folder.absolute().parents)
+                 if place.exists() or place.is_symlink())
     if not there.is_dir() or not os.access(there, os.W_OK):
         p.error(f"{there} is no folder that results can be written to")
     if args.report and (folder / "README.md").exists() and "README.md" not in files_of(folder):

@@ -148,6 +148,7 @@ def build(args, classes: list, saved: dict | None) -> tuple[S4D, str]:
                    moae_layers=layers_with_experts(args.moae_layers, SIZES[args.size].depth),
                    residual=not args.no_residual, expert=args.expert)
     if given and given["stage"] == "finetune":
+        rebuild(given, args.output / "last.pt" if saved else args.pretrained)  # an error if it describes no model
         experts = {name: given["architecture"][name] for name in EXPERT_SETTINGS if name in given["architecture"]}
     model = S4D(args.size, *classes, **experts)
     if saved or given is None:

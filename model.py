@@ -414,7 +414,8 @@ class S4D(ViT):
         if expert not in ("adapter", "ffn") or sigma is not None and not 0 <= sigma < float("inf"):
             raise UserError(f"expert = {expert}, sigma = {sigma}: expected adapter or ffn, and None or 0 or more")
         hidden = 4 * width if expert == "ffn" else adapter_width
-        for name, value, first, last in (("experts", experts, 1, 1024), ("k", k, 1, experts),
+        for name, value, first, last in (("classes", len(image_classes) + len(video_classes), 0, 65536),
+                                         ("experts", experts, 1, 1024), ("k", k, 1, experts),
                                          ("adapter_width", adapter_width, 1, 65536),
                                          ("experts * width", experts * hidden, 1, 131072),  # for the memory's sake
                                          *(("moae_layers", i, 0, depth - 1) for i in moae_layers)):
@@ -453,6 +454,8 @@ class S4D(ViT):
 MODULES = {"pretrain": MaskedAutoencoder, "finetune": S4D}  # what the stage in a checkpoint stands for
 EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
+KINDS = {"residual": bool, "dataset": str, "image_dataset": str, "pretrained": str, "fold": int, "video stride": int,
+         "test image": str, "test video": str, "image_mask_ratio": float, "video_mask_ratio": float, "epoch": int}
 FAULTS = (ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError,
           RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)  # what odd files lead to
 NAMES = (  # prefixes to leave out, and names in transformers' VideoMAE, in the order of a layer, with ours
@@ -476,6 +479,8 @@ NAMES = (  # prefixes to leave out, and names in transformers' VideoMAE, in the 
 @contextmanager
 def whole_file(path, mode: str = "wb", **options):
     """A file that takes its name when all of it is on the disk. options: of `open`. UserError if that fails."""
+    if os.path.exists(path) and not os.path.isfile(path):   # a device, or a link to a folder, would make way for a file
+        raise UserError(f"{path} cannot be written: it is a directory, a device or a pipe")
     part = Path(f"{path}.part")
     try:
         with open(part, mode, **options) as file:
@@ -508,14 +513,20 @@ def read_checkpoint(path) -> dict:
                         raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
             contents = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint = contents if "model" in contents else {"model": contents}
-        if not all(isinstance(name, str) and value.dtype in DTYPES.values() and value.layout == torch.strided
-                   and value.device.type == "cpu" for name, value in checkpoint["model"].items()):
+        if not all(isinstance(name, str) and plain(value, *DTYPES.values())
+                   for name, value in checkpoint["model"].items()):
             raise TypeError("its weights are no plain tensors with names")
         if "stage" not in checkpoint:
             return released(checkpoint["model"])
         descriptions = [checkpoint.get(name, {}) for name in ("architecture", "identity", "digests", "state")]
         if checkpoint["stage"] not in list(MODULES) or not all(isinstance(part, dict) for part in descriptions):
             raise TypeError(f"expected stage {' or '.join(MODULES)} and its descriptions, got {checkpoint['stage']!r}")
+        architecture, identity, digests, state = descriptions
+        told = architecture | identity | ({"epoch": state.get("epoch")} if "state" in checkpoint else {})
+        odd = {name: told[name] for name, kind in KINDS.items() if name in told and type(told[name]) is not kind}
+        odd |= {m: value for m, value in digests.items() if not plain(value, torch.int64)}
+        if odd or told.get("video stride", 1) < 1:
+            raise TypeError(f"it describes itself by {odd or {'video stride': told['video stride']}}")
         return checkpoint
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
@@ -525,6 +536,12 @@ def read_checkpoint(path) -> dict:
             "convert it once: torch.save({'model': torch.load(OLD, weights_only=False)['model']}, NEW)") from error
     except FAULTS as error:
         raise UserError(f"{path} cannot be read as a checkpoint: {error!r}") from error
+
+
+def plain(value, *dtypes: torch.dtype) -> bool:
+    """Whether a value is an ordinary tensor of one of these types."""
+    return (torch.is_tensor(value) and value.dtype in dtypes and value.layout == torch.strided
+            and value.device.type == "cpu")
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:

@@ -326,7 +326,7 @@ def path(text: str) -> Path:
 
 
 def default_workers() -> int:
-    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // max(1, launched("LOCAL_WORLD_SIZE", 1))))
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -423,8 +423,9 @@ class Process:
 
 def start(size: str = "base") -> Process:
     """Join the processes that torchrun started, or be the only one. UserError for more processes than GPUs."""
-    rank, world, local = (int(os.environ.get(name, default))
-                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = launched("RANK", 0), launched("WORLD_SIZE", 1), launched("LOCAL_RANK", 0)
+    if rank >= world:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {world}: torchrun sets both; for one process unset them")
     device, gpus = torch.device("cpu"), torch.cuda.device_count()
     if gpus:
         if local >= gpus:
@@ -439,12 +440,23 @@ def start(size: str = "base") -> Process:
             torch.set_num_threads(1)        # its products are too small to share, and loading needs the other cores
     if world > 1:
         # A prefix of its own for every restart: torchrun's store still holds the addresses of those who died.
-        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world))
+        except (ValueError, dist.DistError) as error:
+            raise UserError(f"process {rank} of {world} cannot meet the others (see torchrun): {error}") from error
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=2),  # the first listing of a million videos is slow
                                 device_id=device if gpus else None)
     return Process(rank, world, device, precision(device))
+
+
+def launched(name: str, default: int) -> int:
+    """What torchrun says of this process in the environment. UserError if that is no number."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}: expected a number, as torchrun sets it; for one process unset it")
+    return int(text)
 
 
 def keep_freed_memory() -> None:
@@ -520,7 +532,7 @@ class RunFolder:
         self.digests = {m: torch.from_numpy(samples.digests()) for m, samples in train.items() if test}
         if process.main:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / "lock", "w")
+            self.lock = open(self.path / "lock", "a+")  # what may stand in it stays
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -547,6 +559,7 @@ class RunFolder:
             optimizer.load_state_dict(saved["optimizer"])
             state, then = saved["state"], saved["made_by"]["processes"]
             if not (type(state["epoch"]) is int and state["epoch"] >= 0 and len(state["losses"]) == state["step"]
+                    and all(len(pair) == 2 for pair in state["losses"])
                     and type(state["left_out"]) is dict and type(state["best"]) in (dict, type(None))
                     and all(moment.shape in ((), p.shape) for p, moments in optimizer.state.items()
                             for moment in moments.values())):
