@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
@@ -29,6 +30,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+if sys.version_info < (3, 11):
+    raise SystemExit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, per channel of RGB in [0, 1]
 IMAGE_STD = (0.229, 0.224, 0.225)

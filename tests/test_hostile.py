@@ -448,3 +448,9 @@ def test_an_image_of_floating_point_is_refused(tmp_path):
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="float.tif cannot be read as an image: pixels of floating point"):
         read_image(tmp_path / "float.tif")
+
+
+def test_an_older_python_is_named():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.version_info = (3, 10, 0); import model"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Python 3.11 or later is needed" in done.stderr
