@@ -15,13 +15,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, quick, run_command, run_here, start_command
-from PIL import Image, ImageSequence
+from conftest import ROOT, run_here, start_command
+from PIL import Image
 
 import data
-import finetune
 import pretrain
-from data import Samples, catalogue, load_samples, read_clip, read_image
+from data import catalogue, load_samples, read_clip, read_image
 from model import Size, UserError, read_checkpoint
 
 SMALL = Size(32, 1, 2, 32, 2, 1, pixels=32, patch=8)  # 16 frames of 32 x 32
