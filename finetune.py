@@ -89,15 +89,9 @@ def main() -> None:
     classes = [sources[m].samples.classes if m in sources else () for m in ("image", "video")]
     model, loaded = build(args, classes, folder.saved)
     model.to(process.device)
-    lr, depth = args.lr * args.batch_size / 32, model.size.depth
-    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay,
-                                          lambda name: args.layer_decay ** (depth + 1 - layer_of(name, depth))),
-                                  lr, betas=(0.9, 0.999), fused=True)
     schedule = Schedule(sources, args.seed, args.epochs, process.rank, process.world)
-    per_epoch = schedule.steps_per_epoch()
-    steps, warmup = args.epochs * per_epoch, min(int(args.warmup_epochs * per_epoch), args.epochs * per_epoch // 2)
-    describe(process, args, model, sources, steps, lr, loaded)
-    rate = Rate(lr, warmup, steps, first=1.25e-7, end=1.25e-7)
+    optimizer, rate = optimisation(args, model, schedule.steps_per_epoch())
+    describe(process, args, model, sources, rate, loaded)
 
     def end_of_epoch() -> dict:
         scores, gates = {}, {}
@@ -157,6 +151,16 @@ def build(args, classes: list, saved: dict | None) -> tuple[S4D, str]:
     if given["stage"] == "finetune":
         loaded += f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
     return model, loaded
+
+
+def optimisation(args, model: S4D, steps_per_epoch: int) -> tuple[torch.optim.AdamW, Rate]:
+    """Section IV-B: AdamW with layer-wise decay, and a rate for 32 clips a step, in proportion for others."""
+    lr, depth, steps = args.lr * args.batch_size / 32, model.size.depth, args.epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay,
+                                          lambda name: args.layer_decay ** (depth + 1 - layer_of(name, depth))),
+                                  lr, betas=(0.9, 0.999), fused=True)
+    warmup = min(int(args.warmup_epochs * steps_per_epoch), steps // 2)
+    return optimizer, Rate(lr, warmup, steps, first=1.25e-7, end=1.25e-7)
 
 
 def layers_with_experts(text: str, depth: int) -> list[int]:

@@ -291,13 +291,14 @@ class MaskedAutoencoder(nn.Module):
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)          # (B, N)
         seen, unseen = order[:, :-count], order[:, -count:]                 # (B, V), (B, N - V)
 
+        sample = torch.arange(batch, device=x.device)[:, None]
         # Eq. (1): X_m = X * M, as a selection instead of a product with zeros: hidden tokens never enter the encoder.
-        z = self.encoder.encode(patches.take_along_dim(seen[..., None], dim=1), self.encoder.positions[seen])
+        z = self.encoder.encode(patches[sample, seen], self.encoder.positions[seen])
         z = self.encoder_to_decoder(z)                                      # (B, V, decoder width)
         z = torch.cat([z, self.mask_token.expand(batch, count, -1).to(z.dtype)], dim=1)
         z = self.decoder["blocks"](z + self.decoder_positions[order])       # (B, N, decoder width)
         pred = self.decoder["head"](self.decoder["norm"](z[:, -count:]))    # (B, N - V, P)
-        target = normalised_target(patches.take_along_dim(unseen[..., None], dim=1))[0]
+        target = normalised_target(patches[sample, unseen])[0]
         # Eq. (2): L = sum((1 - M) * (X^ - X)^2) / sum(M), in fp32: the mean over a token's values, then over the hidden
         # tokens of the batch. As printed it divides by sum(M), but with M = 1 for visible in Eq. (1) that would divide
         # the error of the hidden tokens by the number of visible ones; here, as released, by that of hidden ones.

@@ -84,14 +84,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = MaskedAutoencoder(args.size).to(process.device)
     objective = ReconstructionLoss(model, {"image": args.image_mask_ratio, "video": args.video_mask_ratio})
-    lr = args.lr * args.batch_size / 512
-    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay), lr, betas=(0.9, 0.95),
-                                  fused=True)
     schedule = Schedule(sources, args.seed, args.epochs, process.rank, process.world)
-    steps = args.epochs * schedule.steps_per_epoch()
+    optimizer, rate = optimisation(args, model, schedule.steps_per_epoch())
     hidden = {m: masked_tokens(getattr(model.size, f"{m}_tokens"), objective.ratios[m]) for m in sources}
-    describe(process, args, model, sources, steps, lr, f"masked tokens of a sample: {hidden}")
-    rate = Rate(lr, int(args.warmup * steps), steps, first=1e-6, end=0.0)
+    describe(process, args, model, sources, rate, f"masked tokens of a sample: {hidden}")
     train(process, args, folder, model, objective, optimizer, rate, schedule,
           TrainingData(sources, "pretrain", model.size))
 
@@ -114,6 +110,14 @@ def draw_from(args) -> dict[str, Source]:
     if not sources:
         raise UserError("--dataset none and --image-dataset none leave nothing to train on")
     return sources
+
+
+def optimisation(args, model: nn.Module, steps_per_epoch: int) -> tuple[torch.optim.AdamW, "Rate"]:
+    """Section IV-B: AdamW, and a rate for 512 samples a step, in proportion for others."""
+    lr, steps = args.lr * args.batch_size / 512, args.epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay), lr, betas=(0.9, 0.95),
+                                  fused=True)
+    return optimizer, Rate(lr, int(args.warmup * steps), steps, first=1e-6, end=0.0)
 
 
 class ReconstructionLoss(nn.Module):
@@ -344,7 +348,7 @@ def parse(p: argparse.ArgumentParser, tiny: dict) -> argparse.Namespace:
     return p.parse_args()
 
 
-def describe(process, args, model: nn.Module, sources: dict[str, Source], steps: int, lr: float, more: str) -> None:
+def describe(process, args, model: nn.Module, sources: dict[str, Source], rate: Rate, more: str) -> None:
     """Print what follows from the settings: once, before any work."""
     if not process.main:
         return
@@ -359,7 +363,7 @@ def describe(process, args, model: nn.Module, sources: dict[str, Source], steps:
             fit = args.batch_size // process.world // source.repeats * source.repeats
             print(f"  {process.world} processes share {micros} micro-batches: some idle; give --micro-batch "
                   f"{max(source.repeats, fit)} or less")
-    print(f"{args.epochs} epochs of {steps // args.epochs} steps, peak learning rate {lr:.3g}\n{more}\n"
+    print(f"{args.epochs} epochs of {rate.steps // args.epochs} steps, peak learning rate {rate.peak:.3g}\n{more}\n"
           f"writing to {args.output}", flush=True)
 
 

@@ -2,6 +2,7 @@
 
     python tests/faces.py                   writes data/synthetic, in less than a minute on two cores
     python tests/faces.py --data-root small --scale 0.1
+    python tests/faces.py --data-root worlds/7 --seed 7 --test-people 100 --image-labels person
 
 AffectNet's layout holds labelled images, DFEW's labelled clips in five folds and VoxCeleb2's unlabelled videos. A
 parametric face is painted with numpy, driven by FACS action units (AU). Each person has an own face, expressiveness and
@@ -38,6 +39,7 @@ EXPRESSIONS = {"neutral": (), "happiness": (6, 12), "sadness": (1, 4, 15), "surp
 AFFECTNET_LABELS = tuple(EXPRESSIONS)  # a label is a position in these
 DFEW_LABELS = ("happiness", "sadness", "neutral", "anger", "surprise", "disgust", "fear")
 TRAIN_IMAGE, TEST_IMAGE, CLIP, UNLABELLED = range(4)  # kinds of files, each with its own pool of people
+FOLLOW = ("expression", "resting", "person")   # what the images' labels may follow
 FRAMES_PER_SECOND, FOLDS, VIDEOS_PER_PERSON = 12, 5, 4
 VOXCELEB_SCALE = 5 / 7  # an 84x84 VoxCeleb2 frame holds a face of the size aligned to 60x60
 
@@ -288,13 +290,16 @@ class FaceFile(NamedTuple):
     expression: str
 
 
-def plan_files(root: Path, seed: int, scale: float) -> list[FaceFile]:
-    """All images and videos. A person of a labelled pool shows each expression once."""
+def plan_files(root: Path, seed: int, scale: float, test_people: int = 0) -> list[FaceFile]:
+    """All images and videos. A person of a labelled pool shows each expression once. test_people: as in write_faces."""
     train, test, clip, unlabelled = (max(1, round(scale * people)) for people in (300, 50, 16, 400))
+    clips = FOLDS * clip
+    if test_people:
+        test, clips = test_people, (FOLDS - 1) * clip + test_people
     image, files = "AffectNet/Manually_Annotated_Images/{folder}/{number:06d}.jpg", []
     for kind, people, each, name, first in (
             (TRAIN_IMAGE, train, 7, image, 1), (TEST_IMAGE, test, 7, image, train + 1),
-            (CLIP, FOLDS * clip, 7, "DFEW/clip_jpg_256/{number:05d}.mp4", 1),
+            (CLIP, clips, 7, "DFEW/clip_jpg_256/{number:05d}.mp4", 1),
             (UNLABELLED, unlabelled, VIDEOS_PER_PERSON, "VoxCeleb2/id{folder:05d}/synth{number:06d}/00001.mp4", 1)):
         for index in range(people * each):
             number = 1_000_000 * seed + index + (kind == CLIP)  # DFEW's begin at 1
@@ -319,10 +324,13 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
+def person_of(file: FaceFile) -> Person:
+    return draw_person(np.random.default_rng([file.seed, 4 + file.kind, file.person]))  # 0-3 are kinds
+
+
 def write_file(file: FaceFile) -> None:
     """Draw the person from (seed, pool, number) and the rest from (seed, kind, index), whichever process runs this."""
-    person = draw_person(np.random.default_rng([file.seed, 4 + file.kind, file.person]))  # 0-3 are kinds
-    rng = np.random.default_rng([file.seed, file.kind, file.index])
+    person, rng = person_of(file), np.random.default_rng([file.seed, file.kind, file.index])
     try:
         if file.kind in (TRAIN_IMAGE, TEST_IMAGE):
             apex = person.strength * np.isin(ACTION_UNITS, EXPRESSIONS[file.expression])
@@ -342,17 +350,28 @@ def write_file(file: FaceFile) -> None:
         raise UserError(f"{file.path} cannot be written: {error.strerror}") from error
 
 
-def write_labels(root: Path, files: list[FaceFile]) -> None:
-    """AffectNet's two lists and DFEW's five folds; a person's clips are in the test set of one fold only."""
+def image_label(file: FaceFile, follow: str) -> int:
+    """An image's label: its expression, or something of the person that no clip's label depends on."""
+    if follow == "person":
+        return file.person % len(AFFECTNET_LABELS)
+    if follow == "resting":
+        return int(person_of(file).resting.argmax()) % len(AFFECTNET_LABELS)
+    return AFFECTNET_LABELS.index(file.expression)
+
+
+def write_labels(root: Path, files: list[FaceFile], test_people: int, follow: str) -> None:
+    """AffectNet's two lists and DFEW's folds; a person's clips are in the test set of one fold only."""
+    people = max(file.person for file in files if file.kind == CLIP) + 1
     for split, kind in (("train", TRAIN_IMAGE), ("test", TEST_IMAGE)):
-        lines = [f"{file.path.parent.name}/{file.path.name} {AFFECTNET_LABELS.index(file.expression)}"
+        lines = [f"{file.path.parent.name}/{file.path.name} {image_label(file, follow)}"
                  for file in files if file.kind == kind]
         (root / "AffectNet" / f"{split}_affectnet7.txt").write_text("\n".join(lines) + "\n")
         folder = root / "DFEW" / "EmoLabel_DataSplit" / f"{split}(single-labeled)"
         folder.mkdir(parents=True)
-        for fold in range(FOLDS):
+        for fold in range(1 if test_people else FOLDS):
+            tested = range(people - test_people, people) if test_people else range(fold, people, FOLDS)
             lines = [f"{file.path.stem},{DFEW_LABELS.index(file.expression)}" for file in files
-                     if file.kind == CLIP and (file.person % FOLDS == fold) == (kind == TEST_IMAGE)]
+                     if file.kind == CLIP and (file.person in tested) == (kind == TEST_IMAGE)]
             (folder / f"{split}_set_{fold + 1}.csv").write_text("\n".join(["video_name,label", *lines]) + "\n")
 
 
@@ -368,9 +387,9 @@ def end_with(parent: int) -> None:
     keep_freed_memory()
 
 
-def draw(root: Path, seed: int, scale: float) -> None:
+def draw(root: Path, seed: int, scale: float, test_people: int, follow: str) -> None:
     """Write all files of the three sets into the new folder `root`, on all cores."""
-    files = plan_files(root, seed, scale)
+    files = plan_files(root, seed, scale, test_people)
     for folder in {file.path.parent for file in files}:
         folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")  # "spawn" would import torch once more in every worker
@@ -379,7 +398,7 @@ def draw(root: Path, seed: int, scale: float) -> None:
         list(tqdm(pool.map(write_file, files, chunksize=8), total=len(files), desc="synthetic faces"))
     finally:
         pool.shutdown(cancel_futures=True)
-    write_labels(root, files)
+    write_labels(root, files, test_people, follow)
 
 
 MADE_BY = "made_by.json"                    # tells what a complete folder holds
@@ -396,14 +415,16 @@ def is_there(root: Path, made_by: str) -> bool:
     return True
 
 
-def write_faces(root: Path, seed: int = 0, scale: float = 1.0) -> None:
+def write_faces(root: Path, seed: int = 0, scale: float = 1.0, test_people: int = 0, follow: str = "expression"):
     """Write synthetic AffectNet, DFEW and VoxCeleb2 into `root`, the folder "synthetic" of a data root.
 
-    Scale 1 means 2,100 + 350 labelled images, 560 labelled clips in five folds and 1,600 unlabelled videos. `root`
-    appears when it is complete; if the same faces are there already, nothing is done. UserError if it is there with
-    something else, or cannot be written.
+    Scale 1 means 2,100 + 350 labelled images, 560 labelled clips in five folds and 1,600 unlabelled videos.
+    test_people: instead of five folds one, and in the test sets so many people with 7 clips, or images, each. follow:
+    what the images' labels follow, see image_label; the pictures stay the same. `root` appears when it is complete; if
+    the same faces are there already, nothing is done. UserError if it is there with something else, or cannot be
+    written.
     """
-    root, made_by = Path(root), json.dumps(dict(seed=seed, scale=float(scale)))
+    root, made_by = Path(root), json.dumps(dict(seed=seed, scale=float(scale), test_people=test_people, labels=follow))
     try:
         if is_there(root, made_by):
             print(f"{root} is there already: {made_by}")
@@ -411,7 +432,7 @@ def write_faces(root: Path, seed: int = 0, scale: float = 1.0) -> None:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as folder:
             drawn = Path(folder, root.name)
-            draw(drawn, seed, scale)
+            draw(drawn, seed, scale, test_people, follow)
             (drawn / MADE_BY).write_text(f"{made_by}\n")
             try:
                 drawn.rename(root)
@@ -429,10 +450,15 @@ def main() -> None:
     p.add_argument("--seed", type=number(int, 0), default=0, help="of everything random (0)")
     p.add_argument("--scale", type=number(float, 1e-6, 1e3), default=1.0,
                    help="1 = 2,450 images, 560 labelled clips, 1,600 videos (1)")
+    p.add_argument("--test-people", type=number(int, 0, 10000), default=0, metavar="N",
+                   help="one fold and a test set of so many people, instead of five folds")
+    p.add_argument("--image-labels", choices=FOLLOW, default="expression", help="what the images' labels follow: with "
+                   "resting (the strongest part of the person's resting face) or person (a number of the person) the "
+                   "images' task and the clips' disagree")
     args = p.parse_args()
     for each in (signal.SIGINT, signal.SIGTERM):  # what is half drawn is thrown away
         signal.signal(each, lambda received, frame: sys.exit(128 + received))
-    write_faces(args.data_root / "synthetic", args.seed, args.scale)
+    write_faces(args.data_root / "synthetic", args.seed, args.scale, args.test_people, args.image_labels)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""The paper's comparisons on synthetic faces: does each of its orderings appear at this size?
+"""Do static data help dynamic recognition, when, and through which part? The paper's question, on drawn worlds.
 
-    python tests/study.py                   run what is not finished yet, then print the table as Markdown
-    python tests/study.py --plan            the runs of a seed, their commands, and how long everything takes
-    python tests/study.py --table           the table of what is finished
+    python tests/study.py                   run what is missing, then print the result and draw its picture
+    python tests/study.py --report          only print and draw what is there
 
-Every run is the real pretrain.py or finetune.py, one thread each, as many at once as there are cores (one on a GPU).
-Interrupted, it goes on where it stopped. One budget for all rows, nothing is tuned for one of them. Seed s trains on
-fold s + 1 and is tested on its people; rows are compared seed by seed, so that a fold's difficulty cancels out.
+A world is a replicate: its seed draws its own people, faces and clips (tests/faces.py), the weights and the batches, so
+that nothing overlaps and a plain paired t interval over the worlds is right. All rows have the same number of steps in
+both stages, whatever they train on: where there are fewer samples they come more often. A core takes one world after
+the other; what is finished is not run again. Worlds are tested on 100 people who appear in no training.
 """
 import argparse
-import functools
-import itertools
 import json
 import math
 import os
@@ -19,418 +17,291 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import read_list  # noqa: E402  (needs the path above)
-from faces import FOLDS, write_faces  # noqa: E402
-from finetune import TINY  # noqa: E402
-from pretrain import guarded  # noqa: E402
+import faces  # noqa: E402  (needs the path above)
+import finetune  # noqa: E402
+import pretrain  # noqa: E402
+from data import Samples, Schedule, Source, TrainingData, load_samples, read_clip, read_image  # noqa: E402
+from evaluate import evaluate, markdown  # noqa: E402
+from model import MaskedAutoencoder  # noqa: E402
 
-EPOCHS = (14, 8)                            # of stage 1 and of stage 2: what fits into 2.5 hours on two cores
-START = 7                                   # seconds that a run takes beside its epochs
-LEFT_OUT = ("Left out for the time: 4 experts, 1 MoAE layer, the shares between those of Fig. 3c and 3d, and faces in "
-            "which identity or motion matters more or less.")
-
-
-class Run(NamedTuple):
-    """A command of the study, once per seed. seconds: of an epoch and its test on one core of an AMD EPYC (Zen 5)."""
-    flags: str
-    seconds: float
-    start: str = ""                         # of stage 2: the stage-1 run that it starts from, or none
-    longer: float = 1                       # times the epochs of the others
-    half: bool = False                      # with half of the labelled clips
-
-
-STAGE_1 = {
-    "dual": Run("", 13.5),
-    "images": Run("--dataset none --image-mask-ratio 0.75", 5),
-    "images-90": Run("--dataset none", 4.5),
-    "videos": Run("--image-dataset none --video-mask-ratio 0.9", 10),
-    # 1.3125 * 1,600 frames: as many images as in "dual"; 0.263 does the same for the paper's data sets.
-    "frames": Run("--image-dataset frames --image-share 1.3125", 23),
-}
-CLIPS = "--image-dataset none"
-EQUAL, EQUAL_HALF = 60 / 28, 46 / 14        # an epoch has 28 steps of clips (14 of half of them) and 32 of images
-STAGE_2 = {
-    "s4d": Run("", 12.5, "dual"),
-    "scratch": Run("", 12.5, "none"),
-    "from-images": Run("", 12.5, "images"),
-    "from-images-90": Run("", 12.5, "images-90"),
-    "from-videos": Run("", 12.5, "videos"),
-    "from-frames": Run("", 12.5, "frames"),
-    "vit": Run(f"{CLIPS} --moae-layers none", 7.5, "dual"),
-    "vit-mtl": Run("--moae-layers none", 10.5, "dual"),
-    "vit-moe": Run("--expert ffn", 13, "dual"),
-    "static": Run("--dataset none", 3, "dual"),
-    "static-1": Run("--dataset none --image-share 1", 5.5, "dual"),
-    "dynamic": Run(CLIPS, 8.5, "dual"),
-    "dynamic-longer": Run(CLIPS, 8.5, "dual", longer=EQUAL),
-    "baseline": Run(f"{CLIPS} --moae-layers none", 7, "videos"),
-    "early": Run("--moae-layers early", 12, "dual"),
-    "middle": Run("--moae-layers middle", 12, "dual"),
-    "alternate": Run("--moae-layers alternate", 12, "dual"),
-    "experts-2": Run("--experts 2", 11, "dual"),
-    "experts-16": Run("--experts 16", 12.5, "dual"),
-    "layers-3": Run("--moae-layers 1,2,3", 13, "dual"),
-    "images-1": Run("--image-share 1", 15, "dual"),
-    "no-residual": Run("--no-residual", 12, "dual"),
-    "half-joint": Run("", 8.5, "dual", half=True),
-    "half-dynamic-longer": Run(CLIPS, 5.3, "dual", longer=EQUAL_HALF, half=True),
-    "scratch-dynamic-longer": Run(CLIPS, 8.5, "none", longer=EQUAL),
-}
-
-
-# UAR in per cent on FERV39K and on DFEW
-PAPER = {"scratch": (27.67, 40.96), "from-images": (36.10, 53.80), "from-videos": (42.92, 67.71),
-         "from-frames": (42.36, 68.35), "s4d": (43.41, 70.58), "vit": (42.68, 68.69), "vit-mtl": (42.63, 69.62),
-         "vit-moe": (41.79, 68.88), "dynamic": (42.45, 66.52), "baseline": (42.58, 64.66), "early": (43.15, 67.93),
-         "middle": (43.32, 69.96), "alternate": (43.27, 70.48)}
+TEST_PEOPLE, PEOPLE = 100, 64               # whose clips are tested, and whose are labelled for training
+STEPS = {"pretrain": 231, "finetune": 60}   # of an epoch, as in the README's first command
+CLIP_STEPS = {"pretrain": 100, "finetune": 28}  # of them, where there are images too
 
 
 class Row(NamedTuple):
-    """A row of a table: a run, or one minus another, "a - b"."""
+    """A setting of stage 2, and the stage 1 that it starts from. All else is as in the README's first command."""
     label: str
-    runs: str
-    says: str = ""                          # what the paper says of it; "": what its figures say, if there are any
-    paper: str = ""                         # its figures, where they are not those of PAPER
-    against: str = ""                       # what it is compared with, where that is not the table's reference
+    start: str = "both"                     # what stage 1 saw: none, image, video or both
+    people: int = PEOPLE                    # whose clips are labelled
+    images: bool = True                     # joint training, or on clips only
+    flags: str = ""                         # of finetune.py
+    disagree: bool = False                  # the images' labels follow what the clips' labels must ignore
+    longer: int = 1                         # times the epochs of the others, in both stages
 
 
-class Table(NamedTuple):
-    """A table of the paper. reference: the run that rows are compared with; "": each with the row above."""
-    title: str
-    reference: str
-    rows: tuple[Row, ...]
-    modality: str = "video"                 # on whose UAR
-
-
-WHOLE_GAIN = "s4d - dynamic-longer"
-TABLES = (
-    Table("Table IV: stage 1", "s4d", (
-        Row("1 none", "scratch"), Row("2 images only, 75 % masked", "from-images"),
-        Row("2 images only, 90 % masked, as in 4", "from-images-90"),
-        Row("3 videos only, 90 % masked (Fig. 3c: 0)", "from-videos"),
-        Row("4 images, 90 % masked, and videos, 95 % (Fig. 3c: 1)", "s4d"),
-        Row("5 videos and their frames, 95 % and 90 %", "from-frames"),
-        Row("2, 75 % masked, against 90 %", "from-images", against="from-images-90"),
-        Row("2 against 1", "from-images", against="scratch"),
-        Row("3 against 1", "from-videos", against="scratch"),
-        Row("3 against 2", "from-videos", against="from-images"))),
-    Table("Table V: sharing between the tasks", "s4d", (
-        Row("6 ViT, clips only", "vit"), Row("7 ViT-MTL: images too, no experts", "vit-mtl"), Row("8 S4D", "s4d"),
-        Row("9 ViT-MoE: experts begin as the pre-trained FFN", "vit-moe"),
-        Row("7 against 6", "vit-mtl", against="vit"))),
-    Table("Table VI: joint fine-tuning, on clips (DFEW's figures are Table VII's)", "s4d", (
-        Row("clips only", "dynamic"), Row("clips only, as many steps as joint", "dynamic-longer"),
-        Row("joint", "s4d"))),
-    Table("the same with the labelled clips of half of the people", "half-joint", (
-        Row("clips only, as many steps as joint", "half-dynamic-longer"), Row("joint", "half-joint"),
-        Row("joint's gain, against that with all clips", "half-joint - half-dynamic-longer", against=WHOLE_GAIN))),
-    Table("the same without stage 1", "scratch", (
-        Row("clips only, as many steps as joint", "scratch-dynamic-longer"), Row("joint", "scratch"),
-        Row("joint's gain, against that after stage 1", "scratch - scratch-dynamic-longer", against=WHOLE_GAIN))),
-    Table("Table VI, on images (the paper: AffectNet-7; in brackets at the epoch best for images)", "s4d", (
-        Row("images only, half of them an epoch, as in joint", "static", "depends on the epoch", "65.58"),
-        Row("images only, all of them an epoch", "static-1", "depends on the epoch", "65.58"),
-        Row("joint", "s4d", paper="65.45 (65.88)")), "image"),
-    Table("Table VII: components, each against the row above", "", (
-        Row("baseline: videos only, then ViT", "baseline"), Row("+ images in stage 1", "vit"), Row("+ MoAE", "dynamic"),
-        Row("+ joint fine-tuning", "s4d"), Row("all against the baseline", "s4d", against="baseline"))),
-    Table("Table VIII: position of the experts", "s4d", (
-        Row("early", "early"), Row("middle", "middle"), Row("later", "s4d"), Row("alternate", "alternate"),
-        Row("early against middle", "early", against="middle"))),
-    Table("Fig. 3a: experts", "s4d", (
-        Row("2, both always chosen", "experts-2", "lower"), Row("8", "s4d"), Row("16", "experts-16", "lower"))),
-    Table("Fig. 3b: MoAE layers (the paper: 6 of 12 are best)", "s4d", (
-        Row("0 of 4", "vit-mtl"), Row("2 of 4", "s4d"), Row("3 of 4", "layers-3", "lower"))),
-    Table("Fig. 3d: share of the images in stage 2", "s4d", (
-        Row("0", "dynamic"), Row("0.5", "s4d"), Row("1", "images-1", "not higher"))),
-    Table("Eq. (8): the residual (the released code has none)", "s4d", (
-        Row("with", "s4d"), Row("without", "no-residual"))),
-)
-
+ROWS = {
+    "s4d": Row("S4D: stage 1 on both, joint stage 2, MoAE, 64 people"),
+    "longer": Row("the same, twice as long in both stages", longer=2),
+    "none": Row("no stage 1", start="none"),
+    "image": Row("stage 1 on images", start="image"),
+    "video": Row("stage 1 on clips", start="video"),
+    **{f"joint-{n}": Row(f"joint, {n} people", people=n) for n in (4, 8, 16)},
+    **{f"clips-{n}": Row(f"clips only, {n} people", people=n, images=False) for n in (4, 8, 16, PEOPLE)},
+    "heads": Row("two heads, no experts", flags="--moae-layers none"),
+    "ffn": Row("FFN experts", flags="--expert ffn"),
+    "disagree-heads": Row("tasks disagree: two heads, no experts", flags="--moae-layers none", disagree=True),
+    "disagree": Row("tasks disagree: MoAE", disagree=True),
+    "disagree-ffn": Row("tasks disagree: FFN experts", flags="--expert ffn", disagree=True),
+    "k": Row("k = 8: every expert sees every token", flags="--k 8"),
+    "sigma": Row("sigma = 0: no noise in the gate", flags="--sigma 0"),
+    "residual": Row("no residual in Eq. (8)", flags="--no-residual"),
+}
+HEADLINES = (  # the differences that the study is made to decide, on clips: (what, row, minus row)
+    ("stage 1 on both - none", "s4d", "none"), ("stage 1 on both - on clips", "s4d", "video"),
+    ("joint - clips only, 4 people", "joint-4", "clips-4"),
+    (f"joint - clips only, {PEOPLE} people", "s4d", f"clips-{PEOPLE}"),
+    ("tasks disagree: MoAE - two heads", "disagree", "disagree-heads"),
+    ("tasks disagree: two heads - clips only", "disagree-heads", f"clips-{PEOPLE}"))
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
 
 
-# ------------------------------------------------------------------------------------------------------ what is run
+# ------------------------------------------------------------------------------------------------------ one world
 
-class Task(NamedTuple):
-    """One run of one seed."""
-    name: str                               # pretrain-... or finetune-...
-    seed: int
-    flags: str                              # what decides, with its name, what it results in
-    command: list[str]
-    folder: Path
-    seconds: float                          # that it is expected to take
-    needs: str                              # name of the task before it, or ""
+class InMemory(TrainingData):
+    """TrainingData that decodes each file once. memory: what is decoded already, by path."""
 
+    def __init__(self, memory: dict, *given):
+        super().__init__(*given)
+        self.memory = memory
 
-def plan(args) -> list[Task]:
-    """Every run of the study once, seed by seed: what is finished at any time is a whole table of fewer seeds."""
-    starts = {STAGE_2[row].start for row in args.rows}
-    runs = [(f"pretrain-{name}", run) for name, run in STAGE_1.items() if name in starts]
-    runs += [(f"finetune-{name}", STAGE_2[name]) for name in args.rows]
-    return [make_task(args, name, run, seed) for seed in range(args.seeds) for name, run in runs]
+    def read(self, samples, modality, index):
+        path, fitted = samples.path(index), self.fit[modality]
+        if path not in self.memory:
+            self.memory[path] = (fitted(read_image(path)) if modality == "image" else
+                                 read_clip(path, lambda n: list(range(n)), fitted))
+        whole = self.memory[path]
+        return whole if modality == "image" else whole[self.choose(len(whole), self.frames, samples.stride)]
 
 
-def make_task(args, name: str, run: Run, seed: int) -> Task:
-    stage, folder = name.split("-")[0], args.output / name / f"seed{seed}"
-    epochs = round(args.epochs[stage == "finetune"] * run.longer)
-    needs = f"pretrain-{run.start}" if run.start in STAGE_1 else ""
-    flags = ["--dataset", "synthetic", "--image-dataset", "synthetic-images", "--size", "tiny", "--epochs", epochs,
-             *shlex.split(run.flags), "--seed", seed]
-    rest = ["--data-root", args.output / "half" if run.half else args.data_root, "--output", folder, "--resume"]
-    if stage == "finetune":
-        flags += ["--warmup-epochs", round(TINY["warmup_epochs"] * run.longer, 2), "--fold", seed % FOLDS + 1]
-        rest += ["--pretrained", args.output / needs / f"seed{seed}" / "last.pt" if needs else "none"]
-    if not torch.cuda.is_available():
-        rest += ["--workers", 0]           # the cores are busy with other runs
-    command = [sys.executable, *map(str, [ROOT / f"{stage}.py", *flags, *rest])]
-    return Task(name, seed, shlex.join(map(str, flags)), command, folder, START + epochs * run.seconds, needs)
+class NoFolder:
+    """In the place of a run's folder: nothing is saved before the end, and nothing goes on."""
+    stage = "study"
+
+    def load(self, model, optimizer) -> None:
+        """There is nothing."""
+
+    def due(self) -> bool:
+        return False
+
+    def save(self, model, optimizer, state, record=None, best=False) -> None:
+        """A run takes minutes."""
 
 
-def half_of_the_clips(data_root: Path, half: Path) -> None:
-    """A data root of its own whose training lists name every second person's clips; images and clips are linked."""
-    if not (data_root / "synthetic").exists():
-        write_faces(data_root / "synthetic")
-    for path in ("AffectNet", "DFEW/clip_jpg_256"):
-        link = half / "synthetic" / path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to((data_root / "synthetic" / path).resolve(), target_is_directory=True)
-    for fold, split in itertools.product(range(1, FOLDS + 1), ("train", "test")):
-        source = data_root / f"synthetic/DFEW/EmoLabel_DataSplit/{split}(single-labeled)/{split}_set_{fold}.csv"
-        rows = read_list(source)
-        if split == "train":                # seven clips in a row are one person's
-            people = sorted({(int(row.name) - 1) // 7 for row in rows})
-            rows = [row for row in rows if people.index((int(row.name) - 1) // 7) % 2 == 0]
-        target = half / source.relative_to(data_root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n".join(["video_name,label", *(f"{row.name},{row.label}" for row in rows)]) + "\n")
+def defaults(script, seed: int, longer: int, flags: str = ""):
+    """The settings of pretrain.py or finetune.py at size tiny."""
+    parser = script.settings()
+    parser.set_defaults(size="tiny", workers=0, **script.TINY)
+    args = parser.parse_args(["--seed", str(seed), *flags.split()])
+    args.epochs *= longer
+    return args
 
 
-def finished(args, tasks: list[Task]) -> dict[tuple[str, int], dict]:
-    """(task, seed): its line of results.jsonl. Exits if one of these tasks was run with other flags."""
-    path = args.output / "results.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = {(line["task"], line["seed"]): line for line in lines}
-    done = {task[:2]: found[task[:2]] for task in tasks if task[:2] in found}
-    for task in tasks:
-        if task[:2] in done and done[task[:2]]["flags"] != task.flags:
-            sys.exit(f"error: {path} holds {task.name} of seed {task.seed} with {done[task[:2]]['flags']}, not "
-                     f"{task.flags}: give another --output")
-    return done
+class World:
+    """The faces of a seed in memory, and what is trained on them."""
+
+    def __init__(self, seed: int, output: Path):
+        self.seed, self.folder, self.process = seed, output / f"world-{seed}", pretrain.start("tiny")
+        faces.write_faces(self.folder / "synthetic", seed, test_people=TEST_PEOPLE)
+        names = {"image": "synthetic-images", "video": "synthetic"}
+        self.samples = {(m, split): load_samples(name, self.folder, split)
+                        for split in ("train", "test") for m, name in names.items()}
+        self.samples["video", "unlabelled"] = load_samples("synthetic-unlabelled", self.folder, "train")
+        drawn = faces.plan_files(Path(), seed, 1, TEST_PEOPLE)
+        self.other_labels = {split: np.array([faces.image_label(file, "person") for file in drawn if file.kind == kind])
+                             for split, kind in (("train", faces.TRAIN_IMAGE), ("test", faces.TEST_IMAGE))}
+        self.memory = {"pretrain": {}, "finetune": {}}
+
+    def images(self, split: str, disagree: bool) -> Samples:
+        samples = self.samples["image", split]
+        return replace(samples, labels=self.other_labels[split]) if disagree else samples
+
+    def train(self, script, args, model, objective, sources: dict[str, Source]) -> None:
+        stage = script.__name__
+        schedule = Schedule(sources, self.seed, args.epochs, 0, 1)
+        assert schedule.steps_per_epoch() == STEPS[stage]
+        data = InMemory(self.memory[stage], sources, stage, model.size, "light")
+        optimizer, rate = script.optimisation(args, model, STEPS[stage])
+        pretrain.train(self.process, args, NoFolder(), model, objective, optimizer, rate, schedule, data)
+
+    def stage_1(self, start: str, longer: int) -> Path:
+        """The checkpoint of a stage 1, trained if it is not there yet."""
+        path = self.folder / f"{start}-{longer}.pt"
+        if not path.exists():
+            args = defaults(pretrain, self.seed, longer)
+            clips, images, both = self.samples["video", "unlabelled"], self.samples["image", "train"], start == "both"
+            sources = {}
+            if start != "image":            # `share` makes the steps: a step of clips reads 16 / repeats of them
+                share = (CLIP_STEPS["pretrain"] if both else STEPS["pretrain"]) * 16 / len(clips)
+                sources["video"] = Source(clips, 16, 16, share, args.repeats)
+            if start != "video":
+                share = (STEPS["pretrain"] - CLIP_STEPS["pretrain"] * both) * 16 / len(images)
+                sources["image"] = Source(images, 16, 16, share)
+            torch.manual_seed(self.seed)
+            model = MaskedAutoencoder("tiny")
+            ratios = {"image": args.image_mask_ratio, "video": args.video_mask_ratio}
+            self.train(pretrain, args, model, pretrain.ReconstructionLoss(model, ratios), sources)
+            pretrain.write(path, dict(stage="pretrain", architecture=model.architecture, model=model.state_dict()))
+        return path
+
+    def stage_2(self, row: Row) -> dict[str, float]:
+        """Fine-tune and test: UAR by modality."""
+        start = "none" if row.start == "none" else self.stage_1(row.start, row.longer)
+        args = defaults(finetune, self.seed, row.longer, f"--pretrained {start} {row.flags}")
+        clips = self.samples["video", "train"]
+        clips = clips.subset(np.arange(7 * row.people))                     # of a person seven in a row
+        steps = CLIP_STEPS["finetune"] if row.images else STEPS["finetune"]
+        sources = {"video": Source(clips, 16, 16, steps * 16 / len(clips))}
+        if row.images:
+            sources["image"] = Source(self.images("train", row.disagree), 32, 32, args.image_share, balanced=True)
+        torch.manual_seed(self.seed)
+        classes = [sources[m].samples.classes if m in sources else () for m in ("image", "video")]
+        model, _ = finetune.build(args, classes, None)
+        objective = finetune.JointLoss(model, args.mixing, args.label_smoothing, args.balance)
+        self.train(finetune, args, model, objective, sources)
+        test = {"video": self.samples["video", "test"], "image": self.images("test", row.disagree)}
+        return {m: evaluate(model, test[m], self.process, 0)[0]["uar"] for m in sources}
+
+    def run(self, names: list[str], results: Path) -> None:
+        """The rows that are not in the world's file yet, each with a line there as soon as it is finished."""
+        done = read(results)
+        for name in names:
+            if name not in done:
+                began = time.time()
+                line = dict(row=name, uar=self.stage_2(ROWS[name]), seconds=round(time.time() - began))
+                with open(results, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"world {self.seed}, {ROWS[name].label}: {line['uar']}, {line['seconds']} s", flush=True)
 
 
-def work(args, tasks: list[Task], done: dict) -> None:
-    """Run what is not done, `jobs` at once, and add it to `done` and to results.jsonl. Exits if a command fails."""
-    waiting, running = [task for task in tasks if task[:2] not in done], {}
+# ------------------------------------------------------------------------------------------- all worlds, statistics
 
-    def behind() -> float:
-        """Expected seconds of what is done, and of the running ones so far."""
-        return sum(task.seconds for task in tasks if task[:2] in done) + sum(
-            min(time.monotonic() - began, task.seconds) for task, began, _ in running.values())
-
-    bar = tqdm(total=sum(task.seconds for task in tasks), initial=behind(), smoothing=0, mininterval=5, miniters=0,
-               bar_format="{percentage:3.0f} %{bar}| {elapsed}, left: {remaining}{postfix}")
-    try:
-        while waiting or running:
-            ready = [task for task in waiting if not task.needs or (task.needs, task.seed) in done]
-            for task in ready[:args.jobs - len(running)]:
-                waiting.remove(task)
-                task.folder.mkdir(parents=True, exist_ok=True)
-                with open(task.folder / "output.txt", "a") as output:
-                    running[task[:2]] = task, time.monotonic(), subprocess.Popen(
-                        task.command, stdout=output, stderr=subprocess.STDOUT,
-                        env=os.environ | {"OMP_NUM_THREADS": "1"})
-            for key, (task, began, process) in list(running.items()):
-                if process.poll() is not None:
-                    del running[key]
-                    done[key] = finish(args, task, process.returncode)
-            bar.n = behind()
-            bar.set_postfix_str(", ".join(f"{name} of seed {seed}" for name, seed in running), refresh=False)
-            bar.update(0)
-            time.sleep(0.2)
-    finally:                                # an interrupted run writes a checkpoint and ends
-        for _, _, process in running.values():
-            process.terminate()
-        for _, _, process in running.values():
-            process.wait()
-        bar.close()
+def read(path: Path) -> dict[str, dict]:
+    """The lines of a world by row."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {line["row"]: line for line in map(json.loads, lines)}
 
 
-def finish(args, task: Task, status: int) -> dict:
-    """The line of results.jsonl of a command that has ended, written. Of its checkpoints only stage 1's are needed."""
-    if status:
-        output = task.folder / "output.txt"
-        sys.exit(f"error: {task.name} of seed {task.seed}, exit status {status}: "
-                 f"{output.read_text().splitlines()[-1]} (all of it: {output})")
-    records = [json.loads(line) for line in (task.folder / "log.jsonl").read_text().splitlines()]
-    line = dict(task=task.name, seed=task.seed, flags=task.flags,
-                steps=sum(len(record["losses"]) for record in records),
-                seconds=round(sum(record["seconds"] for record in records), 1),
-                **{score: {name: scores[score] for name, scores in records[-1].get("test", {}).items()}
-                   for score in ("uar", "war")})
-    with open(args.output / "results.jsonl", "a") as results:
-        results.write(json.dumps(line) + "\n")
-    if not task.name.startswith("pretrain"):
-        for file in task.folder.glob("*.pt"):
-            file.unlink()
-    return line
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t interval, in points."""
+    n = len(values)
+    half = T_975[n - 2] * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return 100 * float(np.mean(values)), 100 * float(half)
 
 
-# ---------------------------------------------------------------------------------------------------------- the table
-
-def mean_and_interval(values) -> tuple[float, float]:
-    """Mean of n values, one a seed, and half the width of its 95 % t interval, nan of fewer than two.
-
-    The folds' training data overlap, so the values are not independent; the variance of their mean is taken as
-    1 / n + test / training samples times theirs (Nadeau and Bengio, 2003), instead of 1 / n times.
-    """
-    values = np.fromiter(values, float)
-    if len(values) < 2:
-        return values.mean() if len(values) else math.nan, math.nan
-    return values.mean(), T_975[len(values) - 2] * values.std(ddof=1) * math.sqrt(1 / len(values) + 1 / (FOLDS - 1))
+def scores(worlds: list[dict], row: str, minus: str = "", m: str = "video") -> list[float]:
+    """A row's UAR, or its difference to another's, in each world that has them."""
+    there = [world for world in worlds if {row, minus or row} <= world.keys() and m in world[row]["uar"]]
+    return [world[row]["uar"][m] - (world[minus]["uar"].get(m, math.nan) if minus else 0) for world in there]
 
 
-def minus(ours: dict[int, float], theirs: dict[int, float]) -> dict[int, float]:
-    """Of the seeds that both have."""
-    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+def written(values: list[float], sign: str = "") -> str:
+    return "{:{}.1f} ± {:.1f}".format(interval(values)[0], sign, interval(values)[1]) if values else ""
 
 
-def uar(done: dict, runs: str, modality: str) -> dict[int, float]:
-    """Seed: UAR in per cent at the last epoch of a run, or the difference of "a - b"."""
-    return functools.reduce(minus, [{seed: 100 * line["uar"][modality] for (task, seed), line in done.items()
-                                     if task == f"finetune-{run}" and modality in line["uar"]}
-                                    for run in runs.split(" - ")])
+def report(worlds: list[dict]) -> str:
+    """Both tables, in Markdown."""
+    rows = []
+    for name, row in ROWS.items():
+        images = scores(worlds, name, m="image")
+        difference = written(scores(worlds, name, "s4d"), "+") if name != "s4d" else "reference"
+        rows.append([row.label, written(scores(worlds, name)), written(images), difference])
+    headlines = []
+    for what, row, minus in HEADLINES:
+        mean, half = interval(values := scores(worlds, row, minus))
+        verdict = "open" if abs(mean) <= half else "higher" if mean > 0 else "lower"
+        headlines.append([what, written(values, "+"), verdict])
+    seconds = sum(line["seconds"] for world in worlds for line in world.values())
+    return "\n\n".join([markdown(["difference of UAR on clips, in points", "", ""], headlines),
+                        markdown(["UAR in %", "clips", "images", "clips, minus S4D"], rows),
+                        f"{sum(map(len, worlds))} runs in {len(worlds)} worlds, {seconds / 3600:.1f} hours of one core"])
 
 
-def said(row: Row, other: str) -> str:
-    """What the paper says of a row's UAR against the other's."""
-    if row.says or not {row.runs, other} <= PAPER.keys():
-        return row.says or "no claim"
-    higher = sum(ours > theirs for ours, theirs in zip(PAPER[row.runs], PAPER[other]))
-    return ("lower", "its data sets differ", "higher")[higher]
-
-
-def seen(difference: float, half: float, claim: str) -> str:
-    """Does a claim hold? What is seen instead, where there is none."""
-    if abs(difference) <= half:
-        return "open"
-    here = "higher" if difference > 0 else "lower"
-    expected = {"higher": "higher", "lower": "lower", "not higher": "lower"}.get(claim, "")
-    return ("agrees" if here == expected else "**disagrees**") if expected else here
-
-
-def cell(mean: float, half: float, sign: str = "") -> str:
-    text = "" if math.isnan(mean) else f"{mean:{sign}.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
-    return text.replace("-", "−")
-
-
-def steps(done: dict, run: str) -> str:
-    """Optimiser steps of stage 1 and of stage 2."""
-    counts = {task: f"{line['steps']:,}" for (task, _), line in done.items()} | {"pretrain-none": "0"}
-    return " + ".join(counts.get(task, "?") for task in (f"pretrain-{STAGE_2[run].start}", f"finetune-{run}"))
-
-
-def markdown(done: dict, table: Table, row: Row, other: str, seeds: int) -> tuple[str, float]:
-    """A row, and half of its difference's interval, nan where there is none."""
-    scores, difference, half = uar(done, row.runs, table.modality), math.nan, math.nan
-    verdict = "reference" if table.reference else ""
-    if row.runs != other:
-        scores = minus(scores, uar(done, other, table.modality))
-        difference, half = mean_and_interval(scores.values())
-        claim = said(row, other)
-        verdict = "" if math.isnan(half) else f"{claim}: {seen(difference, half, claim)}"
-    first = [""] * 4
-    if not row.against:
-        figures = row.paper or " / ".join(f"{value:.2f}" for value in PAPER.get(row.runs, ()))
-        first = [steps(done, row.runs), figures,
-                 *(cell(*mean_and_interval(uar(done, row.runs, name).values())) for name in ("video", "image"))]
-    label = row.label + (f" ({len(scores)} of {seeds} seeds)" if len(scores) < seeds else "")
-    return "| " + " | ".join([label, *first, cell(difference, half, "+"), verdict]) + " |", half
-
-
-def report(args, done: dict) -> str:
-    """All tables as one in Markdown, after paragraphs on how to read it."""
-    seeds = 1 + max((seed for task, seed in done if task.startswith("finetune")), default=-1)
-    lines, halves = [], {}                  # half an interval of each pair: some pairs stand in several tables
-    for table in TABLES:
-        lines.append(f"| **{table.title}** | | | | | | |")
-        for i, row in enumerate(table.rows):
-            other = row.against or table.reference or table.rows[max(i - 1, 0)].runs
-            line, half = markdown(done, table, row, other, seeds)
-            lines.append(line)
-            if not math.isnan(half):
-                halves[table.modality, frozenset((row.runs, other))] = half
-    hours = sum(line["seconds"] for line in done.values()) / 3600
-    return "\n".join([
-        f"UAR in per cent at the last epoch, mean of {seeds} seeds ± half of its 95 % t interval, which allows for the "
-        "overlap of the folds' training data (Nadeau and Bengio, 2003) and, with five seeds, is 1.5 times as wide for "
-        "it. WAR is the same, as all classes are equally frequent. Seed s trains on the training part of fold s + 1 "
-        "and is tested on its 112 clips; the images, 1,750 and 350, are the same in every seed, so that the intervals "
-        "on images tell nothing of other people.",
-        "",
-        "Difference: row minus the table's reference (Table VII: minus the row above; 'a against b': a minus b), seed "
-        "by seed, on clips unless the title says images. In the last column, what the paper says of the difference, "
-        "and after the colon what is seen here: agrees, disagrees, or open where the interval includes 0, which does "
-        "not mean equal; where the paper says nothing definite, higher or lower. "
-        + (f"Half of the intervals are wider than ± {np.median(list(halves.values())):.1f}, most of the paper's own "
-           "differences smaller than 3, without seeds or intervals and at the best epoch. If no two runs differed, "
-           f"{len(halves) / 20:.1f} of the {len(halves)} intervals would still exclude 0." if halves else ""),
-        "",
-        f"Budget: {args.epochs[0]} epochs of stage 1 and {args.epochs[1]} of stage 2 for all rows that do not say "
-        "otherwise, all else the defaults of size tiny. Less data means fewer steps (stage 1 + stage 2), in the paper "
-        "too; but here every row is trained too little, so that more steps may help by themselves. In stage 1 of "
-        "images and videos 57 % of the samples are images, in the paper 21 %. Rows that do not say otherwise start "
-        f"from the stage 1 of Table IV's row 4. {LEFT_OUT} {len(done)} runs, {hours:.1f} hours of training with one "
-        "thread each.",
-        "",
-        "| | steps | paper: FERV39K / DFEW | clips | images | difference | the paper: here |",
-        "|---|---|---|---|---|---|---|", *lines])
+def curve(worlds: list[dict], path: Path) -> None:
+    """The picture: UAR on clips over labelled people, joint and on clips only, with 95 % bands."""
+    people = (4, 8, 16, PEOPLE)
+    image, left, bottom, low, high = Image.new("RGB", (880, 520), "white"), 90, 450, 20, 100
+    draw = ImageDraw.Draw(image, "RGBA")
+    font = partial(ImageFont.load_default, size=18)
+    x = [left + 60 + 140 * round(math.log2(n / 4)) for n in people]
+    for value in range(low, high + 1, 20):
+        y = bottom - 5 * (value - low)
+        draw.line([(left, y), (860, y)], fill="#dddddd")
+        draw.text((left - 10, y), str(value), "#444444", font(), anchor="rm")
+    for n, place in zip(people, x):
+        draw.text((place, bottom + 16), str(n), "#444444", font(), anchor="mm")
+    draw.text((left + 340, bottom + 46), "people whose clips are labelled (7 each)", "#444444", font(), anchor="mm")
+    draw.text((left, 20), "UAR on clips of unseen people, %", "#444444", font(), anchor="lm")
+    for rows, colour, label in ((["joint-4", "joint-8", "joint-16", "s4d"], "#1f6fb4", "photographs too (joint)"),
+                                ([f"clips-{n}" for n in people], "#d1642a", "clips only")):
+        means, halves = zip(*(interval(scores(worlds, row)) for row in rows))
+        upper, middle, lower = ([(at, bottom - 5 * (mean + side * half - low)) for at, mean, half
+                                 in zip(x, means, halves)] for side in (1, 0, -1))
+        draw.polygon(upper + lower[::-1], fill=f"{colour}44")
+        draw.line(middle, fill=colour, width=4)
+        draw.text((x[-1] - 6, middle[-1][1] - (26 if "too" in label else -28)), label, colour, font(), anchor="rm")
+    image.save(path)
 
 
 def settings() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--plan", action="store_true", help="print the runs of the first seed and the time of all")
-    p.add_argument("--table", action="store_true", help="print the table of what is finished")
-    p.add_argument("--seeds", type=int, default=5, choices=range(1, len(T_975) + 2), metavar="N", help="(5)")
-    p.add_argument("--epochs", type=int, nargs=2, default=EPOCHS, help=f"of stages 1 and 2 {EPOCHS}")
-    p.add_argument("--rows", nargs="+", default=list(STAGE_2), choices=STAGE_2, metavar="ROW",
-                   help="only these runs: " + "; ".join(STAGE_2))
-    p.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(),
-                   help="commands at once (the cores; one on a GPU)")
-    p.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the synthetic faces")
-    p.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of runs and results")
+    p.add_argument("--worlds", type=int, nargs="+", default=list(range(10)), help="seeds (0 to 9; tried out on: 100...)")
+    p.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="of the table (all)")
+    p.add_argument("--output", type=Path, default=Path("runs/study"), help="what is drawn and finished (runs/study)")
+    p.add_argument("--picture", type=Path, default=ROOT / "tests/pictures/study.png")
+    p.add_argument("--report", action="store_true", help="run nothing")
+    p.add_argument("--one-core", action="store_true", help="one world after the other, in this process")
     return p
 
 
 def main() -> None:
     args = settings().parse_args()
-    tasks = plan(args)
-    done = finished(args, tasks)
-    if args.plan:
-        for task in tasks[:len(tasks) // args.seeds]:
-            print(f"{task.seconds:5.0f} s  {shlex.join(task.command[1:])}")
-        seconds = sum(task.seconds for task in tasks if task[:2] not in done)
-        print(f"{len(tasks)} runs of {args.seeds} seeds, {len(done)} finished; the others take about "
-              f"{seconds / args.jobs / 3600:.1f} hours, {args.jobs} at once, one core each")
+    results = {seed: args.output / f"world-{seed}.jsonl" for seed in args.worlds}
+    if args.one_core:
+        for seed in args.worlds:
+            if set(args.rows) - read(results[seed]).keys():
+                World(seed, args.output).run(args.rows, results[seed])
         return
-    if not args.table:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda received, frame: sys.exit(128 + received))
-        half_of_the_clips(args.data_root, args.output / "half")
-        work(args, tasks, done)
-    print(report(args, done))
+    if not args.report:
+        args.output.mkdir(parents=True, exist_ok=True)
+        command, cores = [sys.executable, __file__, *sys.argv[1:], "--one-core", "--worlds"], os.cpu_count()
+        signal.signal(signal.SIGTERM, lambda *received: sys.exit(128 + signal.SIGTERM))
+        running = [subprocess.Popen([*command, *map(str, args.worlds[i::cores])]) for i in range(cores)
+                   if args.worlds[i::cores]]
+        try:
+            failed = [process.args for process in running if process.wait()]
+        finally:
+            for process in running:
+                process.terminate()
+        if failed:
+            sys.exit(f"error: {shlex.join(failed[0])} failed")
+    worlds = [read(path) for path in results.values()]
+    print(report(worlds))
+    if all(set(ROWS) <= world.keys() for world in worlds):
+        curve(worlds, args.picture)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    pretrain.guarded(main)
