@@ -67,7 +67,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(128, 4, 2, 64, 1, decoder_depth=2, pixels=48, patch=8),  # ours, for a laptop
+    "tiny": Size(128, 4, 2, 64, 1, decoder_depth=2, pixels=48, patch=8, tubelet=4),  # ours, for a laptop
     "small": Size(384, 12, 6, 192, 3),
     "base": Size(768, 12, 12, 384, 6),  # the paper's
     "large": Size(1024, 24, 16, 512, 8),

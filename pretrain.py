@@ -42,7 +42,7 @@ from model import (MASK_RATIO, SIZES, Layer, MaskedAutoencoder, UserError, load_
                    read_checkpoint, whole_file)
 
 # With --size tiny, the default on drawn faces: what learns in minutes on two cores. Its few tokens are masked less, so
-# that as many stay visible as the paper's ratios leave: 10 of an image's 36 (100), 40 of a clip's 288 (800).
+# that as many stay visible as the paper's ratios leave: 10 of an image's 36 (100), 5 in each time slot of a clip.
 TINY = dict(epochs=20, batch_size=16, micro_batch=16, lr=0.024, image_mask_ratio=0.73, video_mask_ratio=0.862)
 
 

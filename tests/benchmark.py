@@ -284,7 +284,7 @@ def benchmark_experts(rounds: int, device: str = "cpu") -> list[list]:
     threads, ratios = torch.get_num_threads(), []
     if device == "cpu":
         keep_freed_memory()
-    for batch, tokens, width, target in ((4, 800, 768, 1.5), (16, 288, 128, 4)):
+    for batch, tokens, width, target in ((4, 800, 768, 1.5), (16, 144, 128, 4)):
         torch.set_num_threads(threads if width == 768 else 1)  # as training does
         module = MoE(width, width // 4).to(device)
         x = torch.randn(batch, tokens, width, device=device, requires_grad=True)

@@ -36,7 +36,7 @@ from data import Samples, Schedule, Source, TrainingData, load_samples, read_cli
 from evaluate import evaluate, markdown  # noqa: E402
 from model import MaskedAutoencoder  # noqa: E402
 
-TEST_PEOPLE, PEOPLE = 100, 64               # whose clips are tested, and whose are labelled for training
+SCALE, PEOPLE, TEST_PEOPLE = 1, 64, 100     # of the worlds: people with labelled clips, and those to test on
 STEPS = {"pretrain": 231, "finetune": 60}   # of an epoch, as in the README's first command
 CLIP_STEPS = {"pretrain": 100, "finetune": 28}  # of them, where there are images too
 
@@ -124,12 +124,12 @@ class World:
 
     def __init__(self, seed: int, output: Path):
         self.seed, self.folder, self.process = seed, output / f"world-{seed}", pretrain.start("tiny")
-        faces.write_faces(self.folder / "synthetic", seed, test_people=TEST_PEOPLE)
+        faces.write_faces(self.folder / "synthetic", seed, SCALE, TEST_PEOPLE)
         names = {"image": "synthetic-images", "video": "synthetic"}
         self.samples = {(m, split): load_samples(name, self.folder, split)
                         for split in ("train", "test") for m, name in names.items()}
         self.samples["video", "unlabelled"] = load_samples("synthetic-unlabelled", self.folder, "train")
-        drawn = faces.plan_files(Path(), seed, 1, TEST_PEOPLE)
+        drawn = faces.plan_files(Path(), seed, SCALE, TEST_PEOPLE)
         self.other_labels = {split: np.array([faces.image_label(file, "person") for file in drawn if file.kind == kind])
                              for split, kind in (("train", faces.TRAIN_IMAGE), ("test", faces.TEST_IMAGE))}
         self.memory = {"pretrain": {}, "finetune": {}}
@@ -171,7 +171,7 @@ class World:
         start = "none" if row.start == "none" else self.stage_1(row.start, row.longer)
         args = defaults(finetune, self.seed, row.longer, f"--pretrained {start} {row.flags}")
         clips = self.samples["video", "train"]
-        clips = clips.subset(np.arange(7 * row.people))                     # of a person seven in a row
+        clips = clips.subset(np.arange(len(clips))[:7 * row.people])        # of a person seven in a row
         steps = CLIP_STEPS["finetune"] if row.images else STEPS["finetune"]
         sources = {"video": Source(clips, 16, 16, steps * 16 / len(clips))}
         if row.images:
@@ -230,9 +230,10 @@ def report(worlds: list[dict]) -> str:
         rows.append([row.label, written(scores(worlds, name)), written(images), difference])
     headlines = []
     for what, row, minus in HEADLINES:
-        mean, half = interval(values := scores(worlds, row, minus))
-        verdict = "open" if abs(mean) <= half else "higher" if mean > 0 else "lower"
-        headlines.append([what, written(values, "+"), verdict])
+        if values := scores(worlds, row, minus):
+            mean, half = interval(values)
+            verdict = "open" if abs(mean) <= half else "higher" if mean > 0 else "lower"
+            headlines.append([what, written(values, "+"), verdict])
     seconds = sum(line["seconds"] for world in worlds for line in world.values())
     return "\n\n".join([markdown(["difference of UAR on clips, in points", "", ""], headlines),
                         markdown(["UAR in %", "clips", "images", "clips, minus S4D"], rows),
@@ -288,8 +289,8 @@ def main() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         command, cores = [sys.executable, __file__, *sys.argv[1:], "--one-core", "--worlds"], os.cpu_count()
         signal.signal(signal.SIGTERM, lambda *received: sys.exit(128 + signal.SIGTERM))
-        running = [subprocess.Popen([*command, *map(str, args.worlds[i::cores])]) for i in range(cores)
-                   if args.worlds[i::cores]]
+        running = [subprocess.Popen([*command, *map(str, args.worlds[i::cores])], env=os.environ | {"TQDM_DISABLE": "1"})
+                   for i in range(min(cores, len(args.worlds)))]
         try:
             failed = [process.args for process in running if process.wait()]
         finally:

@@ -61,7 +61,7 @@ def test_weights_that_no_stage_makes_or_drops_are_errors(tmp_path):
     infinite[5] = math.nan
     for broken, named in ((lost, "missing: .*blocks.1.norm1.weight"),
                           (state | {"encoder.extra": torch.zeros(1)}, "not expected: .*extra"),
-                          (state | {"encoder.patch_embed.proj.weight": torch.zeros(128, 3, 2, 16, 16)}, "16, 16.*8, 8"),
+                          (state | {"encoder.patch_embed.proj.weight": torch.zeros(128, 3, 4, 16, 16)}, "16, 16.*8, 8"),
                           (state | {"encoder.blocks.2.attn.q_bias": infinite}, "not finite: .*blocks.2.attn.q_bias")):
         torch.save(dict(stage="pretrain", architecture=module.architecture, model=broken), path)
         for use in (load_checkpoint, lambda path: initialise(S4D("tiny", CLASSES), read_checkpoint(path), path)):
@@ -180,7 +180,7 @@ def test_export_writes_the_released_names_and_never_over_its_own_checkpoint(tmp_
     quick(model, "--export", stage1, tmp_path / "export.pt")
     exported = torch.load(tmp_path / "export.pt", weights_only=True)
     assert exported.keys() == {"model"}
-    assert exported["model"]["encoder.patch_embed.proj.weight"].shape == (128, 3, 2, 8, 8)
+    assert exported["model"]["encoder.patch_embed.proj.weight"].shape == (128, 3, 4, 8, 8)
     assert exported["model"]["encoder.blocks.0.attn.qkv.weight"].shape == (384, 128)
     assert {"mask_token", "encoder_to_decoder.weight", "decoder.head.weight"} < exported["model"].keys()
     before = stage1.read_bytes()
@@ -288,7 +288,8 @@ def transformers_names(size, head, **biases):
     """What a file of transformers' VideoMAE holds, names and shapes: "pretrain", "finetune" of 5 classes, or the bare
     "encoder". biases: what those of queries and values are called, which differs between versions."""
     prefix = "" if head == "encoder" else "videomae."
-    shapes = {f"{prefix}embeddings.patch_embeddings.projection.weight": (size.width, 3, 2, size.patch, size.patch),
+    shapes = {f"{prefix}embeddings.patch_embeddings.projection.weight": (size.width, 3, size.tubelet, size.patch,
+                                                                              size.patch),
               f"{prefix}embeddings.patch_embeddings.projection.bias": (size.width,)}
     shapes |= transformers_layers(f"{prefix}encoder.layer", size.depth, size.width, 4 * size.width, **biases)
     if head == "finetune":
@@ -297,7 +298,7 @@ def transformers_names(size, head, **biases):
     shapes |= {f"{prefix}layernorm.weight": (size.width,), f"{prefix}layernorm.bias": (size.width,)}
     if head == "encoder":
         return shapes
-    width, pixels = size.decoder_width, 2 * size.patch ** 2 * 3
+    width, pixels = size.decoder_width, size.tubelet * size.patch ** 2 * 3
     return (shapes | transformers_layers("decoder.decoder_layers", size.decoder_depth, width, 4 * width, **biases)
             | {"encoder_to_decoder.weight": (width, size.width), "mask_token": (1, 1, width),
                "decoder.norm.weight": (width,), "decoder.norm.bias": (width,),
@@ -353,9 +354,9 @@ def test_files_of_transformers_videomae_of_other_sizes_are_refused_with_the_numb
     tiny, path = SIZES["tiny"], tmp_path / "model.safetensors"
     names = {name: torch.zeros(shape) for name, shape in transformers_names(tiny, "pretrain").items()}
     patches = "videomae.embeddings.patch_embeddings.projection.weight"
-    for changes, said in (({patches: torch.zeros(128, 3, 2, 16, 16)}, r"patch_embed.*2, 16, 16\).*2, 8, 8\)"),
-                          ({patches: torch.zeros(128, 3, 1, 8, 8)}, r"patch_embed.*3, 1, 8, 8\).*3, 2, 8, 8\)"),
-                          ({patches: torch.zeros(1280, 3, 2, 8, 8)}, r"has \[128, 384, 768, 1024\] rows, here 1280"),
+    for changes, said in (({patches: torch.zeros(128, 3, 4, 16, 16)}, r"patch_embed.*4, 16, 16\).*4, 8, 8\)"),
+                          ({patches: torch.zeros(128, 3, 1, 8, 8)}, r"patch_embed.*3, 1, 8, 8\).*3, 4, 8, 8\)"),
+                          ({patches: torch.zeros(1280, 3, 4, 8, 8)}, r"has \[128, 384, 768, 1024\] rows, here 1280"),
                           ({"encoder_to_decoder.weight": torch.zeros(32, 128)}, r"\(32, 128\).*\(64, 128\)"),
                           ({"videomae.encoder.layer.4.output.dense.bias": torch.zeros(128)}, "blocks.4.mlp.fc2.bias"),
                           ({"decoder.decoder_layers.2.output.dense.bias": torch.zeros(64)}, "decoder.blocks.2")):
@@ -404,7 +405,7 @@ def tiny_transformers(name, frames, **settings):
     return random_weights(getattr(transformers, name)(config)).float()
 
 
-@pytest.mark.parametrize("modality, frames", [("image", 2), ("video", 16)])
+@pytest.mark.parametrize("modality, frames", [("image", 4), ("video", 16)])
 def test_transformers_own_models_give_the_same_outputs(tmp_path, modality, frames):
     """Images are clips of two equal frames to it. The epsilons differ: see model.released."""
     x = batch(modality, frames).float()

@@ -50,21 +50,21 @@ def position_table(length, width):
 
 
 def cut(sample):
-    """Tokens (3, 2, 8, 8) of an image (3, 48, 48), repeated to two frames, or of a clip (3, T, 48, 48)."""
-    clip = torch.stack([sample, sample], dim=1) if sample.ndim == 3 else sample
-    return [clip[:, t:t + 2, y:y + 8, x:x + 8]
-            for t in range(0, clip.shape[1], 2) for y in range(0, 48, 8) for x in range(0, 48, 8)]
+    """Tokens (3, 4, 8, 8) of an image (3, 48, 48), repeated to four frames, or of a clip (3, T, 48, 48)."""
+    clip = torch.stack([sample] * 4, dim=1) if sample.ndim == 3 else sample
+    return [clip[:, t:t + 4, y:y + 8, x:x + 8]
+            for t in range(0, clip.shape[1], 4) for y in range(0, 48, 8) for x in range(0, 48, 8)]
 
 
 def in_order(token):
     """A token's values as the decoder predicts them: by frame, row, column, channel."""
-    return torch.stack([token[c, t, y, x] for t in range(2) for y in range(8) for x in range(8) for c in range(3)])
+    return torch.stack([token[c, t, y, x] for t in range(4) for y in range(8) for x in range(8) for c in range(3)])
 
 
 def embed(conv, token):
     """A 3-D convolution at the one place that a token is."""
     return conv.bias + sum(conv.weight[:, c, t, y, x] * token[c, t, y, x]
-                           for c in range(3) for t in range(2) for y in range(8) for x in range(8))
+                           for c in range(3) for t in range(4) for y in range(8) for x in range(8))
 
 
 def attention_rows(attn, heads, tokens):
@@ -126,12 +126,12 @@ def layer(block, tokens, k=2, residual=True):
 
 
 def target(token):
-    """Pixels in [0, 1], each channel normalised by its own mean and unbiased variance over the token's 128 pixels."""
+    """Pixels in [0, 1], each channel normalised by its own mean and unbiased variance over the token's 256 pixels."""
     out = []
     for c in range(3):
         pixels = token[c] * STD[c] + MEAN[c]
-        mean = pixels.sum() / 128
-        variance = ((pixels - mean) ** 2).sum() / 127
+        mean = pixels.sum() / 256
+        variance = ((pixels - mean) ** 2).sum() / 255
         out.append((pixels - mean) / torch.sqrt(variance + 1e-6))
     return in_order(torch.stack(out))
 
@@ -186,18 +186,18 @@ def random_weights(module):
 def autoencoder():
     """A tiny stage 1 with tables in float64 (test_position_tables holds those that it has itself)."""
     model = random_weights(MaskedAutoencoder("tiny"))
-    model.encoder.positions, model.decoder_positions = position_table(288, 128), position_table(288, 64)
+    model.encoder.positions, model.decoder_positions = position_table(144, 128), position_table(144, 64)
     return model
 
 
 def classifier(**settings):
     """A tiny stage 2 with three image and five video classes, and its table in float64."""
     model = random_weights(S4D("tiny", list("abc"), list("vwxyz"), **settings))
-    model.positions = position_table(288, 128)
+    model.positions = position_table(144, 128)
     return model
 
 
-def batch(modality, frames=4):
+def batch(modality, frames=8):
     """Two normalised samples. The first token column is all but flat: only there does the target's 1e-6 count."""
     x = torch.randn((2, 3, 48, 48) if modality == "image" else (2, 3, frames, 48, 48), dtype=torch.float64)
     x[..., :8] *= 1e-3
@@ -230,7 +230,7 @@ def test_tokens_in_their_stated_order_embedded_by_the_released_convolution(modal
     module, x = random_weights(PatchEmbed(TINY)), batch(modality)
     patches = patchify(x, TINY)
     assert_same(patches, [[in_order(token) for token in cut(s)] for s in x], rtol=0, atol=0)
-    assert module.proj.weight.shape == (128, 3, 2, 8, 8)
+    assert module.proj.weight.shape == (128, 3, 4, 8, 8)
     assert_same(module(patches), [[embed(module.proj, token) for token in cut(s)] for s in x])
 
 
@@ -238,7 +238,7 @@ def test_position_tables():
     """They are fixed, as long as the longest clip, and made in float32."""
     stage1, stage2 = MaskedAutoencoder("tiny"), S4D("tiny")
     for table, width in [(stage1.encoder.positions, 128), (stage2.positions, 128), (stage1.decoder_positions, 64)]:
-        assert_same(table.double(), position_table(288, width), atol=1e-6)
+        assert_same(table.double(), position_table(144, width), atol=1e-6)
         assert not table.requires_grad
     assert_same(sincos_table(100, 768).double(), position_table(100, 768), atol=1e-6)
     assert (SIZES["base"].image_tokens, SIZES["base"].video_tokens) == (100, 800)
@@ -282,7 +282,7 @@ def test_masked_autoencoder_equations_1_and_2(modality, tokens, count):
     for sample, mask in zip(x, hidden):
         predictions, targets = reconstruct(model, sample, mask)
         expected.append(predictions)
-        squares += [((p - t) ** 2).sum() / 384 for p, t in zip(predictions, targets)]
+        squares += [((p - t) ** 2).sum() / 768 for p, t in zip(predictions, targets)]
     assert torch.equal(used, hidden)
     assert_same(pred, expected)
     assert_same(loss, sum(squares) / (2 * count))  # by the number of hidden tokens: see the README's table
@@ -491,7 +491,7 @@ def test_which_layers_have_experts(chosen, expected):
     assert [i for i, block in enumerate(model.blocks) if block.moe_layer is not None] == expected
 
 
-@pytest.mark.parametrize("source, shape", [("image", (2, 3, 48, 48)), ("video", (2, 2, 3, 48, 48))])
+@pytest.mark.parametrize("source, shape", [("image", (2, 3, 48, 48)), ("video", (2, 4, 3, 48, 48))])
 def test_joint_loss_equation_3(source, shape):
     """A batch of one source has that source's cross-entropy and no other."""
     model, expected = classifier(), 0

@@ -195,7 +195,7 @@ def test_a_pass_yields_what_each_sample_alone_gives(faces):
         assert seen.features[i] == pytest.approx(features, abs=1e-4)
         assert seen.probabilities["image"][i] == pytest.approx(probabilities, abs=1e-4), "the other task's head"
     assert abs(seen.activation - counts).max() <= 2 and seen.activation.sum() == counts.sum()  # rounding may tie gates
-    assert paths.total() == seen.paths.total() == 7 * 2 * 288 and (paths - seen.paths).total() <= 4
+    assert paths.total() == seen.paths.total() == 7 * 2 * 144 and (paths - seen.paths).total() <= 4
 
 
 def test_attention_follows_the_layers_back():
@@ -219,7 +219,7 @@ def test_reconstruction_of_a_perfect_model_is_the_original(monkeypatch):
     model, clip = MaskedAutoencoder("tiny"), torch.randint(256, (2, 16, 3, 48, 48), dtype=torch.uint8)
     assert torch.equal(unpatchify(patchify(to_float(clip), model.size), model.size), clip)
     patches = patchify(to_float(clip), model.size)
-    mask = torch.rand(2, 288).argsort(1) < 200
+    mask = torch.rand(2, 144).argsort(1) < 100
     target = normalised_target(patches[mask].unflatten(0, (2, 200)))[0]
     monkeypatch.setattr(model, "forward", lambda x, mask_ratio: (torch.zeros(()), target, mask))
     (original, masked, pasted), loss, baseline = reconstruct(model, clip, 0.7, CPU)
