@@ -324,7 +324,7 @@ def path(text: str) -> Path:
 
 
 def default_workers() -> int:
-    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // max(1, launched("LOCAL_WORLD_SIZE", 1))))
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -419,8 +419,9 @@ class Process:
 
 def start(size: str = "base") -> Process:
     """Join the processes that torchrun started, or be the only one. UserError for more processes than GPUs."""
-    rank, local, world = (int(os.environ.get(name, alone)) for name, alone in
-                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world, local = launched("RANK", 0), launched("WORLD_SIZE", 1), launched("LOCAL_RANK", 0)
+    if rank >= world:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {world}: torchrun sets both; for one process unset them")
     device, gpus = torch.device("cpu"), torch.cuda.device_count()
     if gpus:
         if local >= gpus:
@@ -435,12 +436,23 @@ def start(size: str = "base") -> Process:
             torch.set_num_threads(1)        # its products are too small to share, and loading needs the other cores
     if world > 1:
         # A prefix of its own for every restart: torchrun's store still holds the addresses of those who died.
-        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world))
+        except (ValueError, dist.DistError) as error:
+            raise UserError(f"process {rank} of {world} cannot meet the others (see torchrun): {error}") from error
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timedelta(hours=2),  # the first listing of a million videos is slow
                                 device_id=device if gpus else None)
     return Process(rank, world, device, precision(device))
+
+
+def launched(name: str, default: int) -> int:
+    """What torchrun says of this process in the environment. UserError if that is no number."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}: expected a number, as torchrun sets it; for one process unset it")
+    return int(text)
 
 
 def keep_freed_memory() -> None:
