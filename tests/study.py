@@ -37,24 +37,23 @@ from evaluate import evaluate, markdown  # noqa: E402
 from model import MaskedAutoencoder  # noqa: E402
 
 SCALE, PEOPLE, TEST_PEOPLE = 1, 64, 100     # of the worlds: people with labelled clips, and those to test on
-STEPS = {"pretrain": 231, "finetune": 60}   # of an epoch, as in the README's first command
+EPOCHS = {"pretrain": 40, "finetune": 21}   # the README's first command: 20 and 14
+STEPS = {"pretrain": 231, "finetune": 60}   # of an epoch, as there
 CLIP_STEPS = {"pretrain": 100, "finetune": 28}  # of them, where there are images too
 
 
 class Row(NamedTuple):
-    """A setting of stage 2, and the stage 1 that it starts from. All else is as in the README's first command."""
+    """A setting of stage 2, and the stage 1 that it starts from. All else but EPOCHS is as in the README's first command."""
     label: str
     start: str = "both"                     # what stage 1 saw: none, image, video or both
     people: int = PEOPLE                    # whose clips are labelled
     images: bool = True                     # joint training, or on clips only
     flags: str = ""                         # of finetune.py
     disagree: bool = False                  # the images' labels follow what the clips' labels must ignore
-    longer: int = 1                         # times the epochs of the others, in both stages
 
 
 ROWS = {
     "s4d": Row("S4D: stage 1 on both, joint stage 2, MoAE, 64 people"),
-    "longer": Row("the same, twice as long in both stages", longer=2),
     "none": Row("no stage 1", start="none"),
     "image": Row("stage 1 on images", start="image"),
     "video": Row("stage 1 on clips", start="video"),
@@ -113,17 +112,16 @@ class NoFolder:
 def defaults(script, seed: int, longer: int, flags: str = ""):
     """The settings of pretrain.py or finetune.py at size tiny."""
     parser = script.settings()
-    parser.set_defaults(size="tiny", workers=0, **script.TINY)
-    args = parser.parse_args(["--seed", str(seed), *flags.split()])
-    args.epochs *= longer
-    return args
+    parser.set_defaults(**script.TINY | dict(size="tiny", workers=0, epochs=longer * EPOCHS[script.__name__]))
+    return parser.parse_args(["--seed", str(seed), *flags.split()])
 
 
 class World:
     """The faces of a seed in memory, and what is trained on them."""
 
-    def __init__(self, seed: int, output: Path):
-        self.seed, self.folder, self.process = seed, output / f"world-{seed}", pretrain.start("tiny")
+    def __init__(self, seed: int, output: Path, longer: int = 1):
+        self.seed, self.longer, self.process = seed, longer, pretrain.start("tiny")
+        self.folder = output / f"world-{seed}"
         faces.write_faces(self.folder / "synthetic", seed, SCALE, TEST_PEOPLE)
         names = {"image": "synthetic-images", "video": "synthetic"}
         self.samples = {(m, split): load_samples(name, self.folder, split)
@@ -146,11 +144,11 @@ class World:
         optimizer, rate = script.optimisation(args, model, STEPS[stage])
         pretrain.train(self.process, args, NoFolder(), model, objective, optimizer, rate, schedule, data)
 
-    def stage_1(self, start: str, longer: int) -> Path:
+    def stage_1(self, start: str) -> Path:
         """The checkpoint of a stage 1, trained if it is not there yet."""
-        path = self.folder / f"{start}-{longer}.pt"
+        path = self.folder / f"{start}.pt"
         if not path.exists():
-            args = defaults(pretrain, self.seed, longer)
+            args = defaults(pretrain, self.seed, self.longer)
             clips, images, both = self.samples["video", "unlabelled"], self.samples["image", "train"], start == "both"
             sources = {}
             if start != "image":            # `share` makes the steps: a step of clips reads 16 / repeats of them
@@ -168,8 +166,8 @@ class World:
 
     def stage_2(self, row: Row) -> dict[str, float]:
         """Fine-tune and test: UAR by modality."""
-        start = "none" if row.start == "none" else self.stage_1(row.start, row.longer)
-        args = defaults(finetune, self.seed, row.longer, f"--pretrained {start} {row.flags}")
+        start = "none" if row.start == "none" else self.stage_1(row.start)
+        args = defaults(finetune, self.seed, self.longer, f"--pretrained {start} {row.flags}")
         clips = self.samples["video", "train"]
         clips = clips.subset(np.arange(len(clips))[:7 * row.people])        # of a person seven in a row
         steps = CLIP_STEPS["finetune"] if row.images else STEPS["finetune"]
@@ -271,6 +269,7 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--worlds", type=int, nargs="+", default=list(range(10)), help="seeds (0 to 9; tried out on: 100...)")
     p.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="of the table (all)")
     p.add_argument("--output", type=Path, default=Path("runs/study"), help="what is drawn and finished (runs/study)")
+    p.add_argument("--longer", type=int, default=1, help="times the epochs, to see whether scores still rise (1)")
     p.add_argument("--picture", type=Path, default=ROOT / "tests/pictures/study.png")
     p.add_argument("--report", action="store_true", help="run nothing")
     p.add_argument("--one-core", action="store_true", help="one world after the other, in this process")
@@ -283,7 +282,7 @@ def main() -> None:
     if args.one_core:
         for seed in args.worlds:
             if set(args.rows) - read(results[seed]).keys():
-                World(seed, args.output).run(args.rows, results[seed])
+                World(seed, args.output, args.longer).run(args.rows, results[seed])
         return
     if not args.report:
         args.output.mkdir(parents=True, exist_ok=True)
