@@ -93,6 +93,8 @@ def test_what_is_finished_is_not_run_again(world, small, tmp_path):
     results.write_text(lines[1] + "\n")
     world.run(["none"], results)            # the same numbers once more
     assert json.loads(results.read_text().splitlines()[1])["uar"] == json.loads(lines[0])["uar"]
+    with mock.patch.object(world, "longer", 2), pytest.raises(study.UserError, match="world.jsonl holds runs with"):
+        world.run(["sigma"], results)
 
 
 def test_intervals_are_paired_and_open_where_they_hold_zero():
