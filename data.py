@@ -3,7 +3,7 @@ of one source each are interleaved.
 
 It reads from the method to the files: `Samples` are one split of a data set; `train_frames` and its neighbours choose
 the frames of a clip; `augmentation` is what training does to them; `schedule_epoch` draws an epoch's steps, each of
-images or of clips. Below one line follows what can be skipped: where the data sets lie, lists, and readers of files.
+images or of clips. Below the line of '=' follows what can be skipped: data sets, lists, readers, fingerprints.
 
 B batch    T frames of a clip    H x W pixels    n samples, or frames of a whole video    v views of one sample
 """
@@ -331,20 +331,6 @@ class TestData(torch.utils.data.Dataset):
         return index, views, int(self.samples.labels[index])
 
 
-def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
-    """A DataLoader whose batches come, or an error does."""
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                                       worker_init_fn=in_worker, **options)
-
-
-def in_worker(worker: int) -> None:
-    """Leave signals to the training process, which still needs its workers' batches, and die of a batch that cannot be
-    handed over: the queue's thread would lose it, and everyone wait for ever."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    Queue._on_queue_feeder_error = lambda queue, error, batch: os._exit(1)
-
-
 def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
     """Split off validation samples, the same share of each class: (rest, held out). UserError if one has none."""
     rng = np.random.default_rng([seed, len(samples)])
@@ -361,6 +347,22 @@ def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
 # ==================================================================================================================
 # From here on files only: where the data sets lie, lists, readers. On a first reading skip to the next script.
 # ==================================================================================================================
+
+# ------------------------------------------------------------------------------------------------- loading processes
+
+def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
+    """A DataLoader whose batches come, or an error does."""
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                                       worker_init_fn=in_worker, **options)
+
+
+def in_worker(worker: int) -> None:
+    """Leave signals to the training process, which still needs its workers' batches, and die of a batch that cannot be
+    handed over: the queue's thread would lose it, and everyone wait for ever."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = lambda queue, error, batch: os._exit(1)
+
 
 # ------------------------------------------------------------------------------------------------------- data sets
 

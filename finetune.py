@@ -56,7 +56,7 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--expert", choices=["adapter", "ffn"], default="adapter",
                    help="adapter: beside the FFN; ffn: ViT-MoE, copies of the pre-trained FFN replace it")
     p.add_argument("--k", type=number(int, 1, 1024), default=2,
-                   help="experts per token; with 1 the gate is never trained, as its weight is 1 whatever it says")
+                   help="experts per token; 1 leaves the gate untrained, as its weight is 1 whatever it says")
     p.add_argument("--adapter-width", type=number(int, 1, 65536), help="width r (a quarter of the token width)")
     p.add_argument("--moae-layers", default="later", help="layers with experts: early, middle, later or alternate "
                    "(half of the layers each), none, or a list as 6,7,8, counted from 0")
@@ -100,7 +100,7 @@ def main() -> None:
 
     objective = JointLoss(model, args.mixing, args.label_smoothing, args.balance)
     train(process, args, folder, model, objective, optimizer, rate, schedule,
-          TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch)
+          data=TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch=end_of_epoch)
     report(process, args, test, "held-out training data" if validation else "the test fold itself")
 
 
@@ -184,12 +184,13 @@ class JointLoss(nn.Module):
         x = to_float(x)
         m = modality(x)
         if torch.rand(()) < self.mixing:
-            x, labels = self.mix[m](x if m == "image" else tv_tensors.Video(x), labels)  # labels: (B, C)
+            # torchvision mixes five dimensions only of what is called a video. labels: (B, C) from here on
+            x, labels = self.mix[m](x if m == "image" else tv_tensors.Video(x), labels)
             x = x.as_subclass(torch.Tensor)
         loss = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
         alpha = 1 if m == "video" else 0
         loss_image, loss_video = (0, loss) if alpha else (loss, 0)
-        # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER
+        # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic expressions: images and videos
         total = (1 - alpha) * loss_image + alpha * loss_video
         # The other head's gradient is 0, not None: DDP waits for it, and AdamW's decay and moments go on, as released.
         total = total + 0 * sum(p.sum() for p in self.model.head.parameters())

@@ -3,13 +3,14 @@
 It reads in the order in which data flows: a clip becomes tokens, a layer transforms tokens, the masked autoencoder
 hides most of them and predicts their pixels (Eqs. 1, 2), the gate sends each token to a few adapter experts
 (Eqs. 4-9; a layer with them is Eqs. 10-13), and S4D classifies images and clips with one encoder and two heads.
-On a first reading, stop where the checkpoints begin.
+On a first reading, stop at the line of '=' behind S4D.
 Equation numbers are those of "Static for Dynamic" (S4D). Parameters carry the names of the released checkpoints.
 
 B batch               T frames, H x W pixels    N tokens, V of them visible, N - V hidden
 d token width         h attention heads         P values in a token's pixels = tubelet * patch * patch * 3
 n experts             k experts per token       r hidden width of an adapter
-The paper's mask M is 1 where a token is visible. Ours is called `hidden`: bool, True where a token is hidden.
+The paper's mask M is 1 where a token is visible. Ours is called `hidden`: bool, True where a token is hidden. A token's
+pixels are its patch, of `tubelet` frames of `patch` x `patch` pixels. `blocks`, a released name, are layers.
 """
 import argparse
 import json
@@ -72,6 +73,26 @@ SIZES = {
 }
 
 
+# ------------------------------------------------------------------------------- precision: skip on a first reading
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Losses and the gate's softmax are taken in fp32 under autocast, and left alone in fp64 (the tests' precision)."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def in_autocast_precision(x: torch.Tensor) -> torch.Tensor:
+    """What autocast would make of x for each matrix product: made once where several follow."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+@cache
+def channel_values(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """A constant per channel, (3,), brought to the device once: a GPU's host would wait for it in every step."""
+    with torch.inference_mode(False):       # whoever asks first: training takes it as well
+        return torch.tensor(values, device=device)
+
+
 # ----------------------------------------------------------------------------------------------- tokens and layers
 
 def modality(x: torch.Tensor) -> str:
@@ -108,24 +129,6 @@ def sincos_table(length: int, width: int) -> torch.Tensor:
     return torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """Losses and the gate's softmax are taken in fp32 under autocast, and left alone in fp64 (the tests' precision)."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def in_autocast_precision(x: torch.Tensor) -> torch.Tensor:
-    """What autocast would make of x for each matrix product: made once where several follow."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-@cache
-def channel_values(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """A constant per channel, (3,), brought to the device once: a GPU's host would wait for it in every step."""
-    with torch.inference_mode(False):       # whoever asks first: training takes it as well
-        return torch.tensor(values, device=device)
-
-
 class PatchEmbed(nn.Module):
     """Linear embedding of a token's pixels, (B, N, P) -> (B, N, d); weights shaped as the released Conv3d's."""
 
@@ -142,10 +145,10 @@ class PatchEmbed(nn.Module):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Softmax(q k^T / sqrt(d / h)) v, (B, h, N, d / h) each."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        # There torch's fused kernel takes 1.2 to 5 times as long as plain products.
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    # On a CPU torch's fused kernel takes 1.2 to 5 times as long in bf16 as the plain products.
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -188,20 +191,20 @@ class Mlp(nn.Module):
 
 class Layer(nn.Module):
     """A pre-norm ViT layer; with adapters (`moe_layer`) beside its FFN it is the MoAE layer of Section III-D,
-    Eqs. (10)-(13). ffn=False: the experts replace the FFN, as in ViT-MoE, which Table V compares."""
+    Eqs. (10)-(13). Experts may replace the FFN instead, as in ViT-MoE, which Table V compares."""
 
-    def __init__(self, width: int, heads: int, moe_layer: nn.Module | None = None, ffn: bool = True):
+    def __init__(self, width: int, heads: int, moe_layer: "MoE | None" = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width) if ffn else None
+        self.mlp = Mlp(width, 4 * width) if moe_layer is None or moe_layer.beside_ffn else None
         self.moe_layer = moe_layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Eq. (10): x' = x + MHSA(LayerNorm(x))
         x = x + self.attn(self.norm1(x))                                    # x'   (B, N, d)
-        normed = in_autocast_precision(self.norm2(x))
+        normed = in_autocast_precision(self.norm2(x))                       # once for FFN, gate and adapters
         # Eq. (11): x_g = FFN(LayerNorm(x'))
         generic = 0 if self.mlp is None else self.mlp(normed)               # x_g  (B, N, d)
         # Eq. (12): x_s = MoAE(LayerNorm(x'))
@@ -213,13 +216,12 @@ class Layer(nn.Module):
 class ViT(nn.Module):
     """Patch embedding and layers. `norm` is stage 1's; stage 2 normalises the mean token instead. No class token."""
 
-    def __init__(self, size: Size, moe_layers: dict[int, nn.Module], final_norm: bool = False):
+    def __init__(self, size: Size, experts_in: dict[int, "MoE"], final_norm: bool = False):
         super().__init__()
         self.size = size
         self.patch_embed = PatchEmbed(size)
         self.register_buffer("positions", sincos_table(size.video_tokens, size.width), persistent=False)
-        self.blocks = nn.Sequential(*(Layer(size.width, size.heads, moe_layers.get(i),
-                                            ffn=not isinstance(moe_layers.get(i), FFNMoE)) for i in range(size.depth)))
+        self.blocks = nn.Sequential(*(Layer(size.width, size.heads, experts_in.get(i)) for i in range(size.depth)))
         self.norm = nn.LayerNorm(size.width, eps=1e-6) if final_norm else nn.Identity()
 
     def encode(self, patches: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -250,7 +252,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.architecture = {"size": size}
         self.size = SIZES[size]
-        self.encoder = ViT(self.size, moe_layers={}, final_norm=True)
+        self.encoder = ViT(self.size, experts_in={}, final_norm=True)
         self.encoder_to_decoder = nn.Linear(self.size.width, self.size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.size.decoder_width))
         width = self.size.decoder_width
@@ -281,7 +283,7 @@ class MaskedAutoencoder(nn.Module):
             hidden, count = random_mask(batch, tokens, ratio, x.device), masked_tokens(tokens, ratio)
         else:                               # a GPU's host waits here, for a given mask only
             count = hidden_count(hidden, batch, tokens)
-        # Visible tokens first, then hidden ones, each in token order.
+        # Visible tokens first, then hidden ones, each in token order; of a given mask just so.
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)          # (B, N)
         seen, unseen = order[:, :-count], order[:, -count:]                 # (B, V), (B, N - V)
 
@@ -320,7 +322,8 @@ def normalised_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1], of which `values` are pixels / std + constant
+    # (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1]; `values` are pixels / std + constant, their variance
+    # is the pixels' / std^2, and so the 1e-6 is divided by std^2 too
     deviation = (variance + 1e-6 / channel_values(IMAGE_STD, values.device).square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
 
@@ -330,7 +333,8 @@ def normalised_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 class NoisyTopKGate(nn.Module):
     """Which k of n experts see a token, with what weight. sigma: None = computed from the token, for each expert.
 
-    In training `latest` keeps the last call's logits before the noise (..., n) and its choice (..., k).
+    In training `latest` keeps, for finetune.py's --balance, the last call's logits before the noise (..., n) and its
+    choice (..., k).
     """
 
     def __init__(self, width: int, experts: int, k: int, sigma: float | None = None):
@@ -360,6 +364,7 @@ class MoE(nn.Module):
 
     residual: the x in Eq. (8), which the released experts lack.
     """
+    beside_ffn = True
 
     def __init__(self, width: int, hidden: int, experts: int = 8, k: int = 2, sigma: float | None = None,
                  residual: bool = True):
@@ -383,27 +388,6 @@ class MoE(nn.Module):
         return x + out if self.residual else out                            # sum_i G_i x = x, as the gates sum to 1
 
 
-class FFNMoE(MoE):
-    """ViT-MoE's experts, full FFNs of hidden width 4 d: too large to compute them all. Skip it on a first reading."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The B N k choices are sorted by expert. How many each has stays on the device: nothing waits for it."""
-        weights, chosen = self.router(x)                                    # (B, N, k) each
-        order = chosen.flatten().argsort()
-        own = chosen.flatten()[order, None] == torch.arange(len(self.experts), device=x.device)  # (B N k, n)
-        ends, own = own.sum(0).cumsum(0).to(torch.int32), own.to(x.dtype)
-        rows = x.flatten(0, 1).index_select(0, order // chosen.shape[-1])   # (B N k, d), expert by expert
-
-        def linear(rows: torch.Tensor, layers: list[nn.Linear]) -> torch.Tensor:
-            weight, bias = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-            return F.grouped_mm(rows, weight.to(x.dtype).transpose(1, 2), offs=ends) + own @ bias
-
-        rows = F.gelu(linear(rows, [expert.fc1 for expert in self.experts]))
-        rows = linear(rows, [expert.fc2 for expert in self.experts])
-        outputs = rows.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (B, N, k, d)
-        return (weights[..., None].to(outputs.dtype) * outputs).sum(dim=-2)
-
-
 class S4D(ViT):
     """The encoder with MoAE in some layers, and two heads, of images and of videos (Section III-C; linear as released).
 
@@ -419,6 +403,7 @@ class S4D(ViT):
         adapter_width = width // 4 if adapter_width is None else adapter_width  # r = d / 4, Section III-D
         if moae_layers is None:
             moae_layers = range(depth - depth // 2, depth)
+        # Goes into checkpoints, from which the model is rebuilt.
         architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
                             experts=experts, k=k, adapter_width=adapter_width, moae_layers=sorted(set(moae_layers)),
                             sigma=sigma, residual=residual, expert=expert)
@@ -451,6 +436,32 @@ class S4D(ViT):
         return self.head[name](self.features(x))
 
 
+# ==================================================================================================================
+# From here on what no equation needs: ViT-MoE, checks, checkpoints, tables. On a first reading skip to data.py.
+# ==================================================================================================================
+
+class FFNMoE(MoE):
+    """ViT-MoE's experts, full FFNs of hidden width 4 d that replace the layer's own: too large to compute them all."""
+    beside_ffn = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The B N k choices are sorted by expert. How many each has stays on the device: nothing waits for it."""
+        weights, chosen = self.router(x)                                    # (B, N, k) each
+        order = chosen.flatten().argsort()
+        own = chosen.flatten()[order, None] == torch.arange(len(self.experts), device=x.device)  # (B N k, n)
+        ends, own = own.sum(0).cumsum(0).to(torch.int32), own.to(x.dtype)
+        rows = x.flatten(0, 1).index_select(0, order // chosen.shape[-1])   # (B N k, d), expert by expert
+
+        def linear(rows: torch.Tensor, layers: list[nn.Linear]) -> torch.Tensor:
+            weight, bias = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+            return F.grouped_mm(rows, weight.to(x.dtype).transpose(1, 2), offs=ends) + own @ bias
+
+        rows = F.gelu(linear(rows, [expert.fc1 for expert in self.experts]))
+        rows = linear(rows, [expert.fc2 for expert in self.experts])
+        outputs = rows.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (B, N, k, d)
+        return (weights[..., None].to(outputs.dtype) * outputs).sum(dim=-2)
+
+
 def check_architecture(size: str, experts: int, k: int, adapter_width: int, hidden: int, moae_layers: list[int],
                        sigma: float | None, expert: str, **_) -> None:
     """UserError for settings of S4D that make no model, or experts (of width `hidden`) that no memory holds."""
@@ -464,7 +475,7 @@ def check_architecture(size: str, experts: int, k: int, adapter_width: int, hidd
             raise UserError(f"{name} = {value}: expected {first} to {last}")
 
 
-# ----------------------------------------------------------- checkpoints of ours and of others: skip at first reading
+# ------------------------------------------------------------------------------- checkpoints of ours and of others
 
 MODULES = {"pretrain": MaskedAutoencoder, "finetune": S4D}  # what the stage in a checkpoint stands for
 EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
@@ -665,7 +676,7 @@ def unnamed(count: int) -> list[str]:
     return [f"class {i}" for i in range(count)]
 
 
-# ----------------------------------------- tables that follow from the model alone, and --export: skip at first reading
+# ------------------------------------------------------------ tables that follow from the model alone, and --export
 
 def parameters(model: S4D) -> tuple[float, float]:
     """Millions of parameters that one token's forward pass uses (k of n experts), and of all that are trained."""

@@ -4,7 +4,7 @@
     python pretrain.py --dataset synthetic        the same on drawn faces and a tiny model, in minutes on a CPU
 
 First comes what is stage 1: its settings, `main`, and Eq. (2) as the `objective`. Then `train`, the loop of both
-stages, and below one line what they share: settings, processes, a run's folder, to be skipped on a first reading.
+stages, and below the line of '=' what they share: settings, processes, a run's folder, to be skipped at first.
 One process or many, on one kind of device, give the same losses up to summation order: an optimiser step is a fixed
 list of micro-batches, dealt to the processes (data.py), each with a seed of its own.
 
@@ -39,7 +39,8 @@ from model import (MASK_RATIO, SIZES, Layer, MaskedAutoencoder, UserError, load_
                    read_checkpoint, whole_file)
 
 # With --size tiny, the default on drawn faces: what learns in minutes on two cores. Its few tokens are masked less, so
-# that as many stay visible as the paper's ratios leave: 10 of an image's 36 (100), 5 in each time slot of a clip.
+# that as many stay visible as the paper's ratios leave: 10 of an image's 36 tokens (the paper's: 10 of 100), and 5 in
+# each time slot of a clip.
 TINY = dict(epochs=20, batch_size=16, micro_batch=16, lr=0.024, image_mask_ratio=0.73, video_mask_ratio=0.862)
 
 
@@ -83,7 +84,7 @@ def main() -> None:
     hidden = {m: masked_tokens(getattr(model.size, f"{m}_tokens"), objective.ratios[m]) for m in sources}
     describe(process, args, model, sources, rate, f"masked tokens of a sample: {hidden}")
     train(process, args, folder, model, objective, optimizer, rate, schedule,
-          TrainingData(sources, "pretrain", model.size))
+          data=TrainingData(sources, "pretrain", model.size))
 
 
 def draw_from(args) -> dict[str, Source]:
@@ -137,8 +138,9 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
     weights as they were, if the loss or its gradient is not finite, or if too many samples cannot be read.
     """
     state = folder.load(model, optimizer) or dict(epoch=0, step=0, losses=[], best=None, left_out={})
-    per_epoch, schedule.start = rate.steps // args.epochs, (state["epoch"], state["step"])
-    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))
+    per_epoch = rate.steps // args.epochs
+    schedule.start = state["epoch"], state["step"]
+    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))  # data[each micro-batch's numbers]
     if args.compile:
         compile_layers(model, args.compile)
     ddp = DistributedDataParallel(objective) if process.world > 1 else objective
@@ -167,7 +169,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
             # The step, which changes no weight if something is not finite; flags of all processes travel with the loss
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             numbers = process.sum(total, norm / process.world, folder.due(), process.signal > 0, problem != "")
-            optimizer.found_inf = (~numbers.isfinite().all()).float()
+            optimizer.found_inf = (~numbers.isfinite().all()).float()       # where it is 1, fused AdamW changes nothing
             optimizer.step()
             optimizer.zero_grad()
             loss, norm, due, stop, failed = numbers.tolist()                # the one wait for the device
