@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_command, run_here
+from conftest import ROOT, Forked, run_command, run_here
 from PIL import Image
 
 import data
@@ -497,7 +497,7 @@ def similarity_of(runs, faces, clip_class, image_class):
 def test_two_processes_write_the_report_of_one(runs, faces):
     for processes in (1, 2):
         run_command(runs, "evaluate.py", "--checkpoint", "fold1/best.pt", "--checkpoint", "fold2/best.pt",
-                    "--data-root", faces, "--report", "report", "--workers", 1, processes=processes)
+                    "--data-root", faces, "--report", "report", "--workers", 1, processes=processes, start=Forked)
         (runs / "report").rename(runs / f"report{processes}")
     written = sorted(os.listdir(runs / "report1"))
     assert written == sorted(os.listdir(runs / "report2"))
