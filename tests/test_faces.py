@@ -83,7 +83,7 @@ def test_what_is_there_already_stays(tmp_path):
     assert "data/synthetic is there already" in run_here(tmp_path, "tests/faces.py", "--scale", 0.001)
     for other in (["--seed", 1, "--scale", 0.001], []):
         text = run_here(tmp_path, "tests/faces.py", *other, status=1)
-        assert 'error: data/synthetic holds {"seed": 0, "scale": 0.001}, not' in text and "delete it" in text
+        assert 'error: data/synthetic holds {"seed": 0, "scale": 0.001, ' in text and "delete it" in text
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
     shutil.rmtree(tmp_path / "data/synthetic")
     (tmp_path / "data/synthetic").mkdir()
@@ -151,4 +151,5 @@ def test_drawing_processes_end_with_their_parent(tmp_path, number):
 
 
 def test_the_folder_says_what_it_holds(faces):
-    assert json.loads((faces / "synthetic/made_by.json").read_text()) == {"seed": 0, "scale": 0.05}
+    assert json.loads((faces / "synthetic/made_by.json").read_text()) == {
+        "seed": 0, "scale": 0.05, "test_people": 0, "labels": "expression"}
