@@ -145,10 +145,7 @@ def observe(model: S4D, data: TestData, process: Process, workers: int, batch: i
     widths = [model.size.width, *(head.out_features for head in model.head.values())]
     rows = torch.zeros(n, sum(widths), dtype=torch.float64)
     activation = torch.zeros(len(layers), experts, dtype=torch.float64, device=process.device)
-    # A path is counted as one number with a digit for each layer; those that an int64 does not hold (beyond 20 layers
-    # of 8 experts) are left out at its beginning.
-    places = [experts ** i for i in range(len(layers)) if experts ** (i + 1) < 2 ** 63][::-1]
-    digits, paths, gates = torch.tensor(places, device=process.device)[:, None], Counter(), []
+    paths, gates = Counter(), []
     hooks = [model.blocks[i].moe_layer.router.register_forward_hook(
         lambda module, inputs, output: gates.append(output[1].flatten(0, -2))) for i in layers]
     chunks = [list(range(i, min(i + batch, n))) for i in range(0, n, batch)][process.rank::process.world]
@@ -156,20 +153,18 @@ def observe(model: S4D, data: TestData, process: Process, workers: int, batch: i
                                 leave=False, disable=not process.main):
         gates.clear()
         row = torch.cat(list(forward(model, views.flatten(0, 1), process).values()), 1)     # (B v, d + C ...)
-        rows[index] = row.unflatten(0, views.shape[:2]).mean(1).cpu()  # a GPU is waited for here, and for `codes`
+        rows[index] = row.unflatten(0, views.shape[:2]).mean(1).cpu()  # a GPU is waited for here, and for `paths`
         if gates:
             chosen = torch.stack(gates)                                     # (L, B v N, k), the strongest first
             activation.scatter_add_(1, chosen.flatten(1), torch.ones_like(chosen.flatten(1), dtype=torch.float64))
-            codes, counts = np.unique((chosen[-len(places):, :, 0] * digits).sum(0).cpu(), return_counts=True)
-            paths.update(dict(zip(codes.tolist(), counts.tolist())))
+            paths.update(zip(*chosen[:, :, 0].tolist()))
     for hook in hooks:
         hook.remove()
     if process.world > 1:                   # every sample's row is zero in all processes but one
         rows, activation = process.sum(process.upload(rows)).cpu(), process.sum(activation)
         paths = sum(process.gather(paths), Counter())
     features, *heads = np.split(rows.numpy(), np.cumsum(widths)[:-1], axis=1)
-    return Observed(dict(zip(model.head, heads)), features, activation.cpu().numpy(), Counter(
-        {tuple(code // place % experts for place in places): count for code, count in paths.items()}))
+    return Observed(dict(zip(model.head, heads)), features, activation.cpu().numpy(), paths)
 
 
 def evaluate(model: S4D, samples: Samples, process: Process, workers: int, batch: int = 16) -> tuple[dict, Observed]:
@@ -739,8 +734,7 @@ def main() -> None:
     folder = args.report or args.output or Path(
         os.path.commonpath([file.parent.absolute() for file in files]), "folds" if args.folds else "",
         "-".join(dict.fromkeys(file.stem for file in files)), "media" if args.media else "")
-    there = next(place for place in (folder, *folder.absolute().parents)
-                 if place.exists() or place.is_symlink())
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not there.is_dir() or not os.access(there, os.W_OK):
         p.error(f"{there} is no folder that results can be written to")
     if args.report and (folder / "README.md").exists() and "README.md" not in files_of(folder):

@@ -39,11 +39,9 @@ def settings() -> argparse.ArgumentParser:
                    help="labelled images, or none (affectnet-7, or synthetic-images)")
     p.add_argument("--pretrained", help="stage-1 checkpoint, or none (last.pt of pretrain.py's default run)")
     p.add_argument("--epochs", type=number(int, 1), default=100, help="passes over the clips")
-    p.add_argument("--batch-size", type=number(int, 1), default=32,
-                   help="clips of one optimiser step, over all processes")
-    p.add_argument("--image-batch-size", type=number(int, 1), help="images of one optimiser step (twice the clips)")
-    p.add_argument("--lr", type=number(float, 0), default=4e-5,
-                   help="peak learning rate for 32 clips; in proportion for others")
+    p.add_argument("--batch-size", type=number(int, 1), default=32, help="clips of a step, over all processes")
+    p.add_argument("--image-batch-size", type=number(int, 1), help="images of a step (twice the clips)")
+    p.add_argument("--lr", type=number(float, 0), default=4e-5, help="peak learning rate, for 32 clips a step")
     p.add_argument("--warmup-epochs", type=number(float, 0), default=5,
                    help="epochs in which the learning rate rises, at most half of all")
     p.add_argument("--layer-decay", type=number(float, 0, 1), default=0.75,
@@ -53,8 +51,7 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--augment", choices=["paper", "light"], default="paper", help="light: horizontal flip only")
     p.add_argument("--mixing", type=number(float, 0, 1), default=1.0,
                    help="share of micro-batches with mixup 0.8 or cutmix 1.0")
-    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), default=0.1,
-                   help="of the cross-entropy's targets")
+    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), default=0.1, help="of cross-entropy's targets")
     p.add_argument("--experts", type=number(int, 1, 1024), default=8, help="experts in a MoAE layer, n")
     p.add_argument("--expert", choices=["adapter", "ffn"], default="adapter",
                    help="adapter: beside the FFN; ffn: ViT-MoE, copies of the pre-trained FFN replace it")
@@ -142,7 +139,6 @@ def build(args, classes: list, saved: dict | None) -> tuple[S4D, str]:
                    moae_layers=layers_with_experts(args.moae_layers, SIZES[args.size].depth),
                    residual=not args.no_residual, expert=args.expert)
     if given and given["stage"] == "finetune":
-        rebuild(given, args.output / "last.pt" if saved else args.pretrained)  # an error if it describes no model
         experts = {name: given["architecture"][name] for name in EXPERT_SETTINGS if name in given["architecture"]}
     model = S4D(args.size, *classes, **experts)
     if saved or given is None:

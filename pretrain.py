@@ -22,17 +22,14 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -54,15 +51,12 @@ def settings() -> argparse.ArgumentParser:
     p.add_argument("--image-dataset", type=dataset_name("image", others=("none", "frames")),
                    help="images; frames = one of each video; or none (affectnet-8, or synthetic-images)")
     p.add_argument("--epochs", type=number(int, 1), default=100, help="each draws as many samples as the data have")
-    p.add_argument("--batch-size", type=number(int, 1), default=384,
-                   help="images or clips of one optimiser step, all processes")
+    p.add_argument("--batch-size", type=number(int, 1), default=384, help="samples of a step, over all processes")
     p.add_argument("--lr", type=number(float, 0), default=1.6e-3, help="base learning rate, for 512 samples a step")
-    p.add_argument("--warmup", type=number(float, 0, 1), default=0.05,
-                   help="share of all steps in which the learning rate rises")
-    p.add_argument("--video-mask-ratio", type=number(float, 0, 1), default=MASK_RATIO["video"],
-                   help="of a clip's tokens")
-    p.add_argument("--image-mask-ratio", type=number(float, 0, 1), default=MASK_RATIO["image"],
-                   help="of an image's tokens")
+    p.add_argument("--warmup", type=number(float, 0, 1), default=0.05, help="share of steps in which the rate rises")
+    for m in ("video", "image"):
+        p.add_argument(f"--{m}-mask-ratio", type=number(float, 0, 1), default=MASK_RATIO[m],
+                       help=f"share of the tokens of {m}s that is hidden")
     p.add_argument("--image-share", type=number(float, 1e-6, 1e3), default=1.0,
                    help="share of the images that an epoch sees")
     p.add_argument("--repeats", type=number(int, 1), default=4, help="crops of each clip that is read, so that an "
@@ -301,8 +295,8 @@ def number(kind: type, low: float, high: float = 1e9):
 def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
     """The settings that both stages have under the same names and with the same defaults."""
     changed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in tiny.items())
-    p = argparse.ArgumentParser(description=description, formatter_class=Formatter, epilog="\n".join(textwrap.wrap(
-        f"With --size tiny the defaults are {changed}. Every row of the paper: tests/paper.md", 110)))
+    p = argparse.ArgumentParser(description=description, formatter_class=Formatter, epilog=(
+        f"With --size tiny the defaults are {changed}.\nEvery row of the paper: tests/paper.md"))
     p.add_argument("--data-root", type=path, default=Path("data"), help="folder of all data sets (layouts: README)")
     p.add_argument("--fold", type=number(int, 1), default=1, help="cross-validation fold, counted from 1")
     p.add_argument("--stride", type=number(int, 1), help="of the frames of a clip (the data set's own)")
@@ -360,9 +354,7 @@ def describe(process, args, model: nn.Module, sources: dict[str, Source], rate: 
         print(f"{m}s: {len(samples)} of {samples.name} in {samples.root}, stride {samples.stride}; a step takes "
               f"{source.batch} in micro-batches of {source.micro}", *samples.notes, sep="\n  ")
         if micros < process.world:
-            fit = args.batch_size // process.world // source.repeats * source.repeats
-            print(f"  {process.world} processes share {micros} micro-batches: some idle; give --micro-batch "
-                  f"{max(source.repeats, fit)} or less")
+            print(f"  {process.world} processes share {micros} micro-batches: some idle; give a smaller --micro-batch")
     print(f"{args.epochs} epochs of {rate.steps // args.epochs} steps, peak learning rate {rate.peak:.3g}\n{more}\n"
           f"writing to {args.output}", flush=True)
 
@@ -528,8 +520,7 @@ class RunFolder:
     def __init__(self, process: Process, args, stage: str, train: dict[str, Samples], test: dict[str, Samples] = {}):
         self.process, self.path, self.stage, self.last = process, args.output, stage, args.output / "last.pt"
         self.save_seconds, self.saved_at = 60 * args.save_minutes, time.monotonic()
-        self.identity = {name: str(value) if isinstance(value, Path) else value
-                         for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+        self.identity = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
         self.identity |= {f"{m} stride": samples.stride for m, samples in train.items() if m == "video"}
         for split, parts in (("train", train), ("test", test)):
             self.identity |= {f"{split} {m}": samples.identity() for m, samples in parts.items()}
@@ -558,24 +549,19 @@ class RunFolder:
         if self.saved is None:
             return None
         saved, self.saved = self.saved, None
+        load_weights(model, saved["model"], self.last)
         try:
-            load_weights(model, saved["model"], self.last)
             optimizer.load_state_dict(saved["optimizer"])
-            state, then = saved["state"], saved["made_by"]["processes"]
-            if not (type(state["epoch"]) is int and state["epoch"] >= 0 and len(state["losses"]) == state["step"]
-                    and all(len(pair) == 2 for pair in state["losses"])
-                    and type(state["left_out"]) is dict and type(state["best"]) in (dict, type(None))
-                    and all(moment.shape in ((), p.shape) for p, moments in optimizer.state.items()
-                            for moment in moments.values())):
-                raise ValueError("its state or its optimizer is another run's")
-            if self.process.main:
-                print(f"resumed from {self.last} after epoch {state['epoch']}, step {state['step']} of the next")
-            if self.process.main and then != self.process.world:
-                print(f"{then} processes then, {self.process.world} now: the samples of every step, their crops, masks "
-                      "and noise stay the same; sums are taken in another order, so last digits may differ")
-            return state
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            state, then, now = saved["state"], saved["made_by"]["processes"], self.process.world
+            said = f"resumed from {self.last} after epoch {state['epoch']}, step {state['step']} of the next"
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.last} cannot be continued: {error!r}") from error
+        if then != now:
+            said += (f"\n{then} processes then, {now} now: the samples of every step, their crops, masks and noise "
+                     "stay the same; sums are taken in another order, so last digits may differ")
+        if self.process.main:
+            print(said)
+        return state
 
     def due(self) -> bool:
         """Whether the last checkpoint was written so many minutes ago, by the first process's clock."""
@@ -611,8 +597,8 @@ def write(path: Path, contents: dict) -> None:
 def made_by(process: Process) -> dict:
     """What a checkpoint's numbers may depend on beside settings and data."""
     return dict(command=shlex.join(sys.argv), python=platform.python_version(), torch=str(torch.__version__),
-                torchvision=torchvision.__version__, av=av.__version__, numpy=np.__version__,
-                processes=process.world, machine=platform.platform(),
+                **{name: version(name) for name in ("torchvision", "av", "numpy")}, processes=process.world,
+                machine=platform.platform(),
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
 
 

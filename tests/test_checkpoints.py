@@ -100,7 +100,6 @@ def odd_files(folder, whole):
     for name, contents in dict(
             tensor=torch.zeros(3), number=3, list=[1], nothing={}, empty={"model": {}}, text={"model": "x"},
             name={"model": {1: torch.zeros(2)}}, texts={"model": {"a": "b"}},
-            meta={"model": {"patch_embed.proj.weight": torch.zeros(128, 3, device="meta")}},
             sparse={"model": {"patch_embed.proj.weight": torch.eye(3).to_sparse()}},
             complex={"model": {"patch_embed.proj.weight": torch.zeros(128, dtype=torch.complex64)}},
             scalar={"model": {"patch_embed.proj.weight": torch.tensor(1.0)}},
@@ -126,7 +125,7 @@ def test_odd_files_are_refused_by_name(tmp_path, stage1):
             read_checkpoint(tmp_path / name)
     (tmp_path / "folder.pt").mkdir()
     for name, said in (("absent.pt", "there is no checkpoint .*absent.pt"), ("folder.pt", "folder.pt"),
-                       ("bit.pt", "bit.pt is damaged: the checksum of its part"),
+                       ("bit.pt", "bit.pt .*the checksum of its part"),
                        ("namespace.pt", "namespace.pt .*convert it once")):
         with pytest.raises(UserError, match=said):
             read_checkpoint(tmp_path / name)

@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_said_and_stays(run, faces, tmp_path):
     whole = (folder / "last.pt").read_bytes()
     changed = bytearray(whole)
     changed[len(whole) // 2] ^= 1           # one wrong bit in a weight
-    for damaged, said in ((changed, "is damaged: the checksum of its part"), (whole[:1000], "cannot be read as a")):
+    for damaged, said in ((changed, ".*the checksum of its part"), (whole[:1000], "cannot be read as a")):
         (folder / "last.pt").write_bytes(damaged)
         with pytest.raises(UserError, match=f"{folder}/last.pt {said}"):
             quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder)
