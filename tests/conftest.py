@@ -26,6 +26,8 @@ import torch  # noqa: E402
 from faces import write_faces  # noqa: E402  (needs the path above)
 from pretrain import guarded  # noqa: E402
 
+torch.set_num_threads(1)                    # as the scripts do for size tiny, whose products are too small to share
+
 
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> Path:
@@ -83,7 +85,6 @@ class Forked:
             sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            torch.set_num_threads(1)        # a forked process cannot use its parent's
             os.environ |= {"COLUMNS": "100"} | {name: str(value) for name, value in environment.items()}
             os.chdir(folder)
             sys.argv = [str(script), *map(str, arguments)]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Forked, run_command, run_here
+from conftest import ROOT, Forked, ended, run_here
 from PIL import Image
 
 import data
@@ -220,7 +220,7 @@ def test_reconstruction_of_a_perfect_model_is_the_original(monkeypatch):
     assert torch.equal(unpatchify(patchify(to_float(clip), model.size), model.size), clip)
     patches = patchify(to_float(clip), model.size)
     mask = torch.rand(2, 144).argsort(1) < 100
-    target = normalised_target(patches[mask].unflatten(0, (2, 200)))[0]
+    target = normalised_target(patches[mask].unflatten(0, (2, 100)))[0]
     monkeypatch.setattr(model, "forward", lambda x, mask_ratio: (torch.zeros(()), target, mask))
     (original, masked, pasted), loss, baseline = reconstruct(model, clip, 0.7, CPU)
     assert torch.equal(original, clip) and (pasted.int() - clip.int()).abs().max() <= 1 and loss == 0
@@ -495,10 +495,14 @@ def similarity_of(runs, faces, clip_class, image_class):
 
 
 def test_two_processes_write_the_report_of_one(runs, faces):
+    started = []
     for processes in (1, 2):
-        run_command(runs, "evaluate.py", "--checkpoint", "fold1/best.pt", "--checkpoint", "fold2/best.pt",
-                    "--data-root", faces, "--report", "report", "--workers", 1, processes=processes, start=Forked)
-        (runs / "report").rename(runs / f"report{processes}")
+        (runs / f"report{processes}").mkdir()
+        started.append(Forked(runs / f"report{processes}", "evaluate.py", "--checkpoint", "../fold1/best.pt",
+                              "--checkpoint", "../fold2/best.pt", "--data-root", faces, "--report", ".", "--workers", 1,
+                              processes=processes))
+    for process in started:
+        ended(process)
     written = sorted(os.listdir(runs / "report1"))
     assert written == sorted(os.listdir(runs / "report2"))
     assert filecmp.cmpfiles(runs / "report1", runs / "report2", written, shallow=False) == (written, [], [])

@@ -32,7 +32,7 @@ def runs(tmp_path_factory, faces):
     folder = tmp_path_factory.mktemp("runs")
     pre, fine = commands(folder, faces)
     together = start_command(folder, *pre, "--output", folder / "pre2", processes=2)
-    printed = {"pretrain": run_command(folder, *pre, "--output", folder / "pre1")}
+    printed = {"pretrain": run_command(folder, *pre, "--output", folder / "pre1", start=Forked)}
     ended(together)
     together = Forked(folder, *fine, "--output", folder / "fine2", processes=2)
     printed["finetune"] = run_command(folder, *fine, "--output", folder / "fine1", start=Forked)
@@ -64,9 +64,15 @@ def test_two_processes_follow_the_losses_of_one(runs, stage, steps):
 
 
 def test_compiled_layers_follow_the_losses_and_are_compiled_in_the_first_epoch_only(runs, faces, monkeypatch):
-    folder, _ = runs
-    monkeypatch.setenv("TORCH_LOGS", "recompiles")
-    started = [start_command(folder, *command, "--compile", "aot_eager", "--output", folder / f"compiled-{command[0]}")
+    folder, compile_module = runs[0], torch.nn.Module.compile
+
+    def compile_and_say(module, **options):
+        torch.compiler.reset()              # of what was compiled before in this process
+        torch._logging.set_logs(recompiles=True)
+        compile_module(module, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_and_say)
+    started = [Forked(folder, *command, "--compile", "aot_eager", "--output", folder / f"compiled-{command[0]}")
                for command in commands(folder, faces)]
     for process, stage, plain, steps in zip(started, ("pretrain", "finetune"), ("pre1", "fine1"), (20, 12)):
         output = ended(process)
