@@ -64,7 +64,7 @@ class Forked:
     patched there. Has what the tests need of subprocess.Popen."""
 
     def __init__(self, folder: Path, script: str, *arguments, processes: int = 1):
-        self.output, self.statuses = tempfile.TemporaryFile("w+", errors="replace"), {}
+        self.output, self.statuses = tempfile.TemporaryFile(), {}
         with socket.socket() as free:
             free.bind(("localhost", 0))
             ranks = [dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
@@ -114,8 +114,8 @@ class Forked:
         return self.returncode
 
     def text(self) -> str:
-        self.output.seek(0)                 # for the processes too, which append only after their end
-        return self.output.read()
+        """What the processes have printed so far; they share the file's position, which stays where it is."""
+        return os.pread(self.output.fileno(), 1 << 24, 0).decode(errors="replace")
 
     def communicate(self, timeout: float) -> tuple[str, None]:
         self.wait(timeout)
