@@ -39,7 +39,7 @@ EXPRESSIONS = {"neutral": (), "happiness": (6, 12), "sadness": (1, 4, 15), "surp
 AFFECTNET_LABELS = tuple(EXPRESSIONS)  # a label is a position in these
 DFEW_LABELS = ("happiness", "sadness", "neutral", "anger", "surprise", "disgust", "fear")
 TRAIN_IMAGE, TEST_IMAGE, CLIP, UNLABELLED = range(4)  # kinds of files, each with its own pool of people
-FOLLOW = ("expression", "resting", "person")   # what the images' labels may follow
+FOLLOW = ("expression", "person")   # what the images' labels may follow
 FRAMES_PER_SECOND, FOLDS, VIDEOS_PER_PERSON = 12, 5, 4
 VOXCELEB_SCALE = 5 / 7  # an 84x84 VoxCeleb2 frame holds a face of the size aligned to 60x60
 
@@ -324,13 +324,10 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def person_of(file: FaceFile) -> Person:
-    return draw_person(np.random.default_rng([file.seed, 4 + file.kind, file.person]))  # 0-3 are kinds
-
-
 def write_file(file: FaceFile) -> None:
     """Draw the person from (seed, pool, number) and the rest from (seed, kind, index), whichever process runs this."""
-    person, rng = person_of(file), np.random.default_rng([file.seed, file.kind, file.index])
+    person = draw_person(np.random.default_rng([file.seed, 4 + file.kind, file.person]))  # 0-3 are kinds
+    rng = np.random.default_rng([file.seed, file.kind, file.index])
     try:
         if file.kind in (TRAIN_IMAGE, TEST_IMAGE):
             apex = person.strength * np.isin(ACTION_UNITS, EXPRESSIONS[file.expression])
@@ -354,8 +351,6 @@ def image_label(file: FaceFile, follow: str) -> int:
     """An image's label: its expression, or something of the person that no clip's label depends on."""
     if follow == "person":
         return file.person % len(AFFECTNET_LABELS)
-    if follow == "resting":
-        return int(person_of(file).resting.argmax()) % len(AFFECTNET_LABELS)
     return AFFECTNET_LABELS.index(file.expression)
 
 
@@ -452,9 +447,8 @@ def main() -> None:
                    help="1 = 2,450 images, 560 labelled clips, 1,600 videos (1)")
     p.add_argument("--test-people", type=number(int, 0, 10000), default=0, metavar="N",
                    help="one fold and a test set of so many people, instead of five folds")
-    p.add_argument("--image-labels", choices=FOLLOW, default="expression", help="what the images' labels follow: with "
-                   "resting (the strongest part of the person's resting face) or person (a number of the person) the "
-                   "images' task and the clips' disagree")
+    p.add_argument("--image-labels", choices=FOLLOW, default="expression", help="what the images' labels follow; "
+                   "person (each has a number): the images' task asks for what the clips' must ignore")
     args = p.parse_args()
     for each in (signal.SIGINT, signal.SIGTERM):  # what is half drawn is thrown away
         signal.signal(each, lambda received, frame: sys.exit(128 + received))

@@ -101,6 +101,26 @@ def token(path: Path) -> None:
     sheet.save(path, optimize=True)
 
 
+def curves(title: str, below: str, x: tuple, lines: dict[str, list[tuple[float, float]]]) -> Image.Image:
+    """Lines over equally spaced x, each a label with (mean, half-width of its band) in per cent."""
+    image, left, bottom, step = Image.new("RGB", (720, 420), "white"), 60, 350, 180
+    draw, colours = ImageDraw.Draw(image, "RGBA"), (BLUE, (217, 95, 14))
+    for value in range(20, 101, 20):
+        draw.line((left, bottom - 4 * (value - 20), 700, bottom - 4 * (value - 20)), GREY)
+        draw.text((left - 8, bottom - 4 * (value - 20)), str(value), "black", FONT, anchor="rm")
+    for i, value in enumerate(x):
+        draw.text((left + 40 + step * i, bottom + 14), str(value), "black", FONT, anchor="mm")
+    draw.text((left + 310, bottom + 44), below, "black", FONT, anchor="mm")
+    draw.text((left, 12), title, "black", FONT, anchor="lm")
+    for (label, points), colour in zip(lines.items(), colours):
+        upper, middle, lower = ([(left + 40 + step * i, bottom - 4 * (mean + side * half - 20))
+                                 for i, (mean, half) in enumerate(points)] for side in (1, 0, -1))
+        draw.polygon(upper + lower[::-1], (*colour, 60))
+        draw.line(middle, colour, 3)
+        draw.text((middle[0][0] + 6, middle[0][1] - 12), label, colour, FONT, anchor="lb")
+    return image
+
+
 if __name__ == "__main__":
     expressions(ROOT / "tests/pictures/expressions.png")
     token(ROOT / "tests/pictures/token.png")

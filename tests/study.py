@@ -18,13 +18,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,10 +33,12 @@ import finetune  # noqa: E402
 import pretrain  # noqa: E402
 from data import Samples, Schedule, Source, TrainingData, load_samples, read_clip, read_image  # noqa: E402
 from evaluate import evaluate, markdown  # noqa: E402
-from model import MaskedAutoencoder  # noqa: E402
+from model import MaskedAutoencoder, UserError  # noqa: E402
+from pictures import curves  # noqa: E402
 
 SCALE, PEOPLE, TEST_PEOPLE = 1, 64, 100     # of the worlds: people with labelled clips, and those to test on
-STEPS = {"pretrain": 231, "finetune": 60}   # of an epoch, as in the README's first command
+EPOCHS = {"pretrain": 40, "finetune": 21}   # the README's first command: 20 and 14
+STEPS = {"pretrain": 231, "finetune": 60}   # of an epoch, as there
 CLIP_STEPS = {"pretrain": 100, "finetune": 28}  # of them, where there are images too
 
 
@@ -49,12 +50,10 @@ class Row(NamedTuple):
     images: bool = True                     # joint training, or on clips only
     flags: str = ""                         # of finetune.py
     disagree: bool = False                  # the images' labels follow what the clips' labels must ignore
-    longer: int = 1                         # times the epochs of the others, in both stages
 
 
 ROWS = {
     "s4d": Row("S4D: stage 1 on both, joint stage 2, MoAE, 64 people"),
-    "longer": Row("the same, twice as long in both stages", longer=2),
     "none": Row("no stage 1", start="none"),
     "image": Row("stage 1 on images", start="image"),
     "video": Row("stage 1 on clips", start="video"),
@@ -96,34 +95,19 @@ class InMemory(TrainingData):
         return whole if modality == "image" else whole[self.choose(len(whole), self.frames, samples.stride)]
 
 
-class NoFolder:
-    """In the place of a run's folder: nothing is saved before the end, and nothing goes on."""
-    stage = "study"
-
-    def load(self, model, optimizer) -> None:
-        """There is nothing."""
-
-    def due(self) -> bool:
-        return False
-
-    def save(self, model, optimizer, state, record=None, best=False) -> None:
-        """A run takes minutes."""
-
-
 def defaults(script, seed: int, longer: int, flags: str = ""):
     """The settings of pretrain.py or finetune.py at size tiny."""
     parser = script.settings()
-    parser.set_defaults(size="tiny", workers=0, **script.TINY)
-    args = parser.parse_args(["--seed", str(seed), *flags.split()])
-    args.epochs *= longer
-    return args
+    parser.set_defaults(**script.TINY | dict(size="tiny", workers=0, epochs=longer * EPOCHS[script.__name__]))
+    return parser.parse_args(["--seed", str(seed), *flags.split()])
 
 
 class World:
     """The faces of a seed in memory, and what is trained on them."""
 
-    def __init__(self, seed: int, output: Path):
-        self.seed, self.folder, self.process = seed, output / f"world-{seed}", pretrain.start("tiny")
+    def __init__(self, seed: int, output: Path, longer: int = 1):
+        self.seed, self.longer, self.process = seed, longer, pretrain.start("tiny")
+        self.folder = output / f"world-{seed}"
         faces.write_faces(self.folder / "synthetic", seed, SCALE, TEST_PEOPLE)
         names = {"image": "synthetic-images", "video": "synthetic"}
         self.samples = {(m, split): load_samples(name, self.folder, split)
@@ -144,13 +128,14 @@ class World:
         assert schedule.steps_per_epoch() == STEPS[stage]
         data = InMemory(self.memory[stage], sources, stage, model.size, "light")
         optimizer, rate = script.optimisation(args, model, STEPS[stage])
-        pretrain.train(self.process, args, NoFolder(), model, objective, optimizer, rate, schedule, data)
+        folder = Mock(stage=stage, **{"load.return_value": None, "due.return_value": False})  # nothing goes on or stays
+        pretrain.train(self.process, args, folder, model, objective, optimizer, rate, schedule, data)
 
-    def stage_1(self, start: str, longer: int) -> Path:
+    def stage_1(self, start: str) -> Path:
         """The checkpoint of a stage 1, trained if it is not there yet."""
-        path = self.folder / f"{start}-{longer}.pt"
+        path = self.folder / f"{start}.pt"
         if not path.exists():
-            args = defaults(pretrain, self.seed, longer)
+            args = defaults(pretrain, self.seed, self.longer)
             clips, images, both = self.samples["video", "unlabelled"], self.samples["image", "train"], start == "both"
             sources = {}
             if start != "image":            # `share` makes the steps: a step of clips reads 16 / repeats of them
@@ -168,8 +153,8 @@ class World:
 
     def stage_2(self, row: Row) -> dict[str, float]:
         """Fine-tune and test: UAR by modality."""
-        start = "none" if row.start == "none" else self.stage_1(row.start, row.longer)
-        args = defaults(finetune, self.seed, row.longer, f"--pretrained {start} {row.flags}")
+        start = "none" if row.start == "none" else self.stage_1(row.start)
+        args = defaults(finetune, self.seed, self.longer, f"--pretrained {start} {row.flags}")
         clips = self.samples["video", "train"]
         clips = clips.subset(np.arange(len(clips))[:7 * row.people])        # of a person seven in a row
         steps = CLIP_STEPS["finetune"] if row.images else STEPS["finetune"]
@@ -187,10 +172,13 @@ class World:
     def run(self, names: list[str], results: Path) -> None:
         """The rows that are not in the world's file yet, each with a line there as soon as it is finished."""
         done = read(results)
+        if other := {line["longer"] for line in done.values()} - {self.longer}:
+            raise UserError(f"{results} holds runs with --longer {other}, not {self.longer}: give another --output")
         for name in names:
             if name not in done:
                 began = time.time()
-                line = dict(row=name, uar=self.stage_2(ROWS[name]), seconds=round(time.time() - began))
+                line = dict(row=name, longer=self.longer, uar=self.stage_2(ROWS[name]),
+                            seconds=round(time.time() - began))
                 with open(results, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(f"world {self.seed}, {ROWS[name].label}: {line['uar']}, {line['seconds']} s", flush=True)
@@ -240,37 +228,21 @@ def report(worlds: list[dict]) -> str:
                         f"{sum(map(len, worlds))} runs in {len(worlds)} worlds, {seconds / 3600:.1f} hours of one core"])
 
 
-def curve(worlds: list[dict], path: Path) -> None:
-    """The picture: UAR on clips over labelled people, joint and on clips only, with 95 % bands."""
+def picture(worlds: list[dict], path: Path) -> None:
+    """UAR on clips over labelled people, joint and on clips only, with 95 % bands."""
     people = (4, 8, 16, PEOPLE)
-    image, left, bottom, low, high = Image.new("RGB", (880, 520), "white"), 90, 450, 20, 100
-    draw = ImageDraw.Draw(image, "RGBA")
-    font = partial(ImageFont.load_default, size=18)
-    x = [left + 60 + 140 * round(math.log2(n / 4)) for n in people]
-    for value in range(low, high + 1, 20):
-        y = bottom - 5 * (value - low)
-        draw.line([(left, y), (860, y)], fill="#dddddd")
-        draw.text((left - 10, y), str(value), "#444444", font(), anchor="rm")
-    for n, place in zip(people, x):
-        draw.text((place, bottom + 16), str(n), "#444444", font(), anchor="mm")
-    draw.text((left + 340, bottom + 46), "people whose clips are labelled (7 each)", "#444444", font(), anchor="mm")
-    draw.text((left, 20), "UAR on clips of unseen people, %", "#444444", font(), anchor="lm")
-    for rows, colour, label in ((["joint-4", "joint-8", "joint-16", "s4d"], "#1f6fb4", "photographs too (joint)"),
-                                ([f"clips-{n}" for n in people], "#d1642a", "clips only")):
-        means, halves = zip(*(interval(scores(worlds, row)) for row in rows))
-        upper, middle, lower = ([(at, bottom - 5 * (mean + side * half - low)) for at, mean, half
-                                 in zip(x, means, halves)] for side in (1, 0, -1))
-        draw.polygon(upper + lower[::-1], fill=f"{colour}44")
-        draw.line(middle, fill=colour, width=4)
-        draw.text((x[-1] - 6, middle[-1][1] - (26 if "too" in label else -28)), label, colour, font(), anchor="rm")
-    image.save(path)
+    rows = {"photographs too (joint)": ["joint-4", "joint-8", "joint-16", "s4d"],
+            "clips only": [f"clips-{n}" for n in people]}
+    curves("UAR on clips of unseen people, %", "people whose clips are labelled (7 each)", people,
+           {label: [interval(scores(worlds, name)) for name in names] for label, names in rows.items()}).save(path)
 
 
 def settings() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--worlds", type=int, nargs="+", default=list(range(10)), help="seeds (0 to 9; tried out on: 100...)")
+    p.add_argument("--worlds", type=int, nargs="+", default=list(range(10)), help="seeds (0 to 9; not counted: 100...)")
     p.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="of the table (all)")
     p.add_argument("--output", type=Path, default=Path("runs/study"), help="what is drawn and finished (runs/study)")
+    p.add_argument("--longer", type=int, default=1, help="times the epochs: do scores still rise? (1)")
     p.add_argument("--picture", type=Path, default=ROOT / "tests/pictures/study.png")
     p.add_argument("--report", action="store_true", help="run nothing")
     p.add_argument("--one-core", action="store_true", help="one world after the other, in this process")
@@ -283,13 +255,14 @@ def main() -> None:
     if args.one_core:
         for seed in args.worlds:
             if set(args.rows) - read(results[seed]).keys():
-                World(seed, args.output).run(args.rows, results[seed])
+                World(seed, args.output, args.longer).run(args.rows, results[seed])
         return
     if not args.report:
         args.output.mkdir(parents=True, exist_ok=True)
         command, cores = [sys.executable, __file__, *sys.argv[1:], "--one-core", "--worlds"], os.cpu_count()
         signal.signal(signal.SIGTERM, lambda *received: sys.exit(128 + signal.SIGTERM))
-        running = [subprocess.Popen([*command, *map(str, args.worlds[i::cores])], env=os.environ | {"TQDM_DISABLE": "1"})
+        quiet = os.environ | {"TQDM_DISABLE": "1"}
+        running = [subprocess.Popen([*command, *map(str, args.worlds[i::cores])], env=quiet)
                    for i in range(min(cores, len(args.worlds)))]
         try:
             failed = [process.args for process in running if process.wait()]
@@ -301,7 +274,7 @@ def main() -> None:
     worlds = [read(path) for path in results.values()]
     print(report(worlds))
     if all(set(ROWS) <= world.keys() for world in worlds):
-        curve(worlds, args.picture)
+        picture(worlds, args.picture)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ def world(tmp_path_factory) -> study.World:
 def small(monkeypatch):
     monkeypatch.setattr(study, "STEPS", {"pretrain": 6, "finetune": 5})
     monkeypatch.setattr(study, "CLIP_STEPS", {"pretrain": 2, "finetune": 4})
-    for script in (study.pretrain, study.finetune):
-        monkeypatch.setitem(script.TINY, "epochs", 1)
+    monkeypatch.setattr(study, "EPOCHS", {"pretrain": 1, "finetune": 1})
 
 
 def test_all_rows_train_for_the_same_number_of_steps_whatever_they_see(world, small, monkeypatch):
@@ -42,16 +41,16 @@ def test_all_rows_train_for_the_same_number_of_steps_whatever_they_see(world, sm
     monkeypatch.setattr(study, "evaluate", lambda *given: ({"uar": 0.5}, None))
     for start in ("image", "video", "both"):
         current = start
-        world.stage_1(start, 1)
+        world.stage_1(start)
     assert seen == {"image": (6, {"image": 6}, 6), "video": (6, {"video": 6}, 6),
                     "both": (6, {"video": 2, "image": 4}, 6)}
     seen.clear()
     for current, row in study.ROWS.items():
         world.stage_2(row._replace(people=min(row.people, 4)))
     lengths = {name: steps for name, (steps, _, _) in seen.items()}
-    assert lengths == {name: 10 if name == "longer" else 5 for name in study.ROWS}
+    assert lengths == dict.fromkeys(study.ROWS, 5)
     assert all(parts == ({"video": 4, "image": 1} if study.ROWS[name].images else {"video": 5})
-               for name, (_, parts, _) in seen.items() if name != "longer")
+               for name, (_, parts, _) in seen.items())
 
 
 def test_a_world_in_memory_gives_the_same_batches(world):
@@ -94,6 +93,8 @@ def test_what_is_finished_is_not_run_again(world, small, tmp_path):
     results.write_text(lines[1] + "\n")
     world.run(["none"], results)            # the same numbers once more
     assert json.loads(results.read_text().splitlines()[1])["uar"] == json.loads(lines[0])["uar"]
+    with mock.patch.object(world, "longer", 2), pytest.raises(study.UserError, match="world.jsonl holds runs with"):
+        world.run(["sigma"], results)
 
 
 def test_intervals_are_paired_and_open_where_they_hold_zero():
