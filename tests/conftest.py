@@ -1,12 +1,17 @@
-"""Shared by all tests: the project on the import path, small synthetic data, and the real commands, in a subprocess or
-in this process."""
+"""Shared by all tests: the project on the import path, small synthetic data, and the real commands: by a new Python, by
+a process forked from this one, or in this process."""
 import contextlib
 import importlib
 import io
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -16,8 +21,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before torch is imported: a GPU ad
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from faces import write_faces  # noqa: E402  (needs the path above)
 from pretrain import guarded  # noqa: E402
+
+torch.set_num_threads(1)                    # as the scripts do for size tiny, whose products are too small to share
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +46,100 @@ def start_command(folder: Path, script: str, *arguments, processes: int = 1) -> 
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "100"})
 
 
-def run_command(folder: Path, script: str, *arguments, processes: int = 1, status: int = 0) -> str:
+def run_command(folder: Path, script: str, *arguments, processes: int = 1, status: int = 0, start=start_command) -> str:
     """Run a script to its end; returns what it printed, and fails if it ends with another exit status."""
-    process = start_command(folder, script, *arguments, processes=processes)
+    return ended(start(folder, script, *arguments, processes=processes), status)
+
+
+def ended(process, status: int = 0) -> str:
+    """Wait for what start_command or Forked has started; returns what it printed."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, f"exit status {process.returncode}:\n{output}"
     return output
+
+
+class Forked:
+    """start_command without the five seconds that a new Python takes to import torch: the script's process is forked
+    from this one; `processes` > 1 meet as torchrun's do. Each leads a process group, and whatever is patched here is
+    patched there. Has what the tests need of subprocess.Popen."""
+
+    def __init__(self, folder: Path, script: str, *arguments, processes: int = 1):
+        self.output, self.statuses = tempfile.TemporaryFile(), {}
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            ranks = [dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
+                          MASTER_ADDR="localhost", MASTER_PORT=free.getsockname()[1]) for rank in range(processes)]
+        self.pids = []
+        for rank in ranks:
+            self.pids.append(os.fork())
+            if self.pids[-1] == 0:
+                self.become(folder, script, arguments, rank if processes > 1 else {})
+
+    def become(self, folder: Path, script: str, arguments, environment: dict) -> None:
+        """What the forked process does, to its end."""
+        status = 1
+        try:
+            os.setsid()
+            for number in (1, 2):
+                os.dup2(self.output.fileno(), number)
+            sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ |= {"COLUMNS": "100"} | {name: str(value) for name, value in environment.items()}
+            os.chdir(folder)
+            sys.argv = [str(script), *map(str, arguments)]
+            status = exit_status(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        """The exit status, 0 or another one of the processes', when all have ended."""
+        for pid in self.pids:
+            if pid not in self.statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                self.statuses[pid] = os.waitstatus_to_exitcode(found[1])
+        return next(filter(None, self.statuses.values()), 0) if len(self.statuses) == len(self.pids) else None
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                self.kill()
+                raise TimeoutError(f"longer than {timeout} seconds:\n{self.text()}")
+            time.sleep(0.01)
+        return self.returncode
+
+    def text(self) -> str:
+        """What the processes have printed so far; they share the file's position, which stays where it is."""
+        return os.pread(self.output.fileno(), 1 << 24, 0).decode(errors="replace")
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        self.wait(timeout)
+        return self.text(), None
+
+    def send_signal(self, number: int, group: bool = False) -> None:
+        """group: to the loading processes too, as a terminal or a batch system does."""
+        for pid in self.pids:
+            if pid not in self.statuses:
+                (os.killpg if group else os.kill)(pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL, group=True)
+
+
+def exit_status(function) -> int:
+    """As Python ends with after the function: a message is printed and means 1."""
+    try:
+        function()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return 1 if isinstance(end.code, str) else end.code or 0
+    return 0
 
 
 def quick(script, *arguments) -> None:
@@ -57,15 +154,9 @@ def quick(script, *arguments) -> None:
 
 def run_here(folder: Path, script: str, *arguments, status: int = 0) -> str:
     """run_command in this process; an error that is not expected is raised."""
-    output, found = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), 0  # evaluate.py reconfigures it
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)  # evaluate.py reconfigures it
     with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        try:
-            guarded(lambda: quick(importlib.import_module(Path(script).stem), *arguments))
-        except SystemExit as end:
-            found = end.code
-            if isinstance(found, str):      # a message means status 1
-                print(found)
-                found = 1
+        found = exit_status(lambda: guarded(lambda: quick(importlib.import_module(Path(script).stem), *arguments)))
     text = output.buffer.getvalue().decode(errors="surrogateescape")
     assert found == status, f"exit status {found}:\n{text}"
     return text

@@ -125,9 +125,10 @@ def endure(folder: Path, data_root: Path, script: str, epochs: int, kills: int, 
     common = [script, "--dataset", "synthetic", "--data-root", data_root, "--epochs", epochs, "--resume",
               "--micro-batch", 8, "--save-minutes", 0, "--workers", 1, *more]
     name = f"{Path(script).stem}-{processes}"
-    finish(start(folder, *common, "--output", folder / f"{name}-whole", processes=processes), folder)
+    whole = start(folder, *common, "--output", folder / f"{name}-whole", processes=processes)
     done, in_writing = kill_and_continue(folder, [*common, "--output", folder / f"{name}-killed"], kills, processes,
                                          random.Random(seed))
+    finish(whole, folder)
     found = differences(folder / f"{name}-whole", folder / f"{name}-killed")
     if found:
         raise AssertionError(f"{name}: after {kills} kills these differ: {', '.join(found[:5])}")

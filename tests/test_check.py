@@ -5,7 +5,7 @@ import shutil
 import check
 import numpy as np
 import pytest
-from conftest import ROOT, run_command, run_here
+from conftest import ROOT, run_here
 from PIL import Image
 
 from data import load_samples
@@ -15,7 +15,7 @@ ANNOTATIONS = ROOT.parent / "shared" / "annotations"
 
 
 def test_good_data_are_right(faces):
-    text = run_command(faces, "tests/check.py", "--dataset", "synthetic", "--data-root", faces)
+    text = run_here(faces, "tests/check.py", "--dataset", "synthetic", "--data-root", faces)
     assert "nothing is wrong" in text and "fold 5, test" in text
     assert "height x width: 64 x 64 (35)" in text and "frames of a clip: 36 minimum" in text
     for name in ("synthetic-images", "synthetic-unlabelled"):

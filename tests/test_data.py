@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_command, run_here
+from conftest import ROOT, run_here
 from PIL import Image
 
 import data
@@ -293,8 +293,8 @@ def test_own_clips_through_stage_2_and_evaluation(faces, tmp_path):
         lines = [f"faces/{path},{clips.classes[label]}"
                  for path, label in list(zip(paths_of(clips), clips.labels))[first::2]]
         (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *lines]) + "\n")
-    text = run_command(tmp_path, "finetune.py", "--dataset", "learn.csv,held.csv", "--image-dataset", "none", "--size",
-                       "tiny", "--epochs", 1, "--warmup-epochs", 0, "--pretrained", "none", "--workers", 1)
+    text = run_here(tmp_path, "finetune.py", "--dataset", "learn.csv,held.csv", "--image-dataset", "none", "--size",
+                    "tiny", "--epochs", 1, "--warmup-epochs", 0, "--pretrained", "none", "--workers", 1)
     assert "writing to runs/learn/fold1" in text and "0 angry, 1 disgust" in text
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", "runs/learn/fold1/last.pt", "--workers", 1)
     assert "videos-learn: 14 test samples, runs/learn/fold1/last.pt" in text

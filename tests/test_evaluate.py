@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_command, run_here
+from conftest import ROOT, Forked, ended, run_here
 from PIL import Image
 
 import data
@@ -495,10 +495,14 @@ def similarity_of(runs, faces, clip_class, image_class):
 
 
 def test_two_processes_write_the_report_of_one(runs, faces):
+    started = []
     for processes in (1, 2):
-        run_command(runs, "evaluate.py", "--checkpoint", "fold1/best.pt", "--checkpoint", "fold2/best.pt",
-                    "--data-root", faces, "--report", "report", "--workers", 1, processes=processes)
-        (runs / "report").rename(runs / f"report{processes}")
+        (runs / f"report{processes}").mkdir()
+        started.append(Forked(runs / f"report{processes}", "evaluate.py", "--checkpoint", "../fold1/best.pt",
+                              "--checkpoint", "../fold2/best.pt", "--data-root", faces, "--report", ".", "--workers", 1,
+                              processes=processes))
+    for process in started:
+        ended(process)
     written = sorted(os.listdir(runs / "report1"))
     assert written == sorted(os.listdir(runs / "report2"))
     assert filecmp.cmpfiles(runs / "report1", runs / "report2", written, shallow=False) == (written, [], [])

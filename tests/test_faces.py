@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_here, start_command
+from conftest import ROOT, Forked, ended, run_here
 from faces import plan_files, write_faces
 
 import data
@@ -83,7 +83,7 @@ def test_what_is_there_already_stays(tmp_path):
     assert "data/synthetic is there already" in run_here(tmp_path, "tests/faces.py", "--scale", 0.001)
     for other in (["--seed", 1, "--scale", 0.001], []):
         text = run_here(tmp_path, "tests/faces.py", *other, status=1)
-        assert 'error: data/synthetic holds {"seed": 0, "scale": 0.001}, not' in text and "delete it" in text
+        assert 'error: data/synthetic holds {"seed": 0, "scale": 0.001, ' in text and "delete it" in text
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
     shutil.rmtree(tmp_path / "data/synthetic")
     (tmp_path / "data/synthetic").mkdir()
@@ -98,9 +98,8 @@ def test_wrong_settings_are_refused_before_anything_is_drawn(tmp_path, arguments
 
 
 def test_two_starts_at_once_both_end_well(tmp_path):
-    starts = [start_command(tmp_path, "tests/faces.py", "--scale", 0.001) for _ in range(2)]
-    texts = [process.communicate(timeout=120)[0] for process in starts]
-    assert [process.returncode for process in starts] == [0, 0], texts
+    starts = [Forked(tmp_path, "tests/faces.py", "--scale", 0.001) for _ in range(2)]
+    texts = [ended(process) for process in starts]
     assert sum("meanwhile" in text or "there already" in text for text in texts) == 1, texts
     assert os.listdir(tmp_path / "data") == ["synthetic"]
     assert len(load_samples("synthetic", tmp_path / "data", "train")) == 28
@@ -110,24 +109,28 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/file cannot be written: "):
         write_faces(tmp_path / "file" / "synthetic", scale=SCALE)
-    for limit, file in ((1_000, "jpg"), (7_000, "mp4")):  # bytes of a file, as a full disk has it
-        ended = subprocess.run([sys.executable, str(ROOT / "tests/faces.py"), "--scale", "0.001"], cwd=tmp_path,
-                               capture_output=True, text=True, timeout=120,
-                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-        last = ended.stderr.splitlines()[-1]
-        assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    limits, started = {"jpg": 1_000, "mp4": 7_000}, {}  # bytes of a file, as a full disk has it
+    for file, limit in limits.items():
+        (tmp_path / file).mkdir()
+        started[file] = subprocess.Popen([sys.executable, str(ROOT / "tests/faces.py"), "--scale", "0.001"],
+                                         cwd=tmp_path / file, stderr=subprocess.PIPE, text=True,
+                                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    for file, process in started.items():
+        text = process.communicate(timeout=120)[1]
+        last = text.splitlines()[-1]
+        assert process.returncode == 1 and "Traceback" not in text, text
         assert last.startswith("error: data/synthetic.") and f".{file} cannot be written: File too large" in last
-        assert not list((tmp_path / "data").iterdir())
+        assert not list((tmp_path / file / "data").iterdir())
 
 
-def drawing(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+def drawing(folder: Path) -> tuple[Forked, list[int]]:
     """A process that draws, and its workers."""
-    process = start_command(folder, "tests/faces.py")
+    process = Forked(folder, "tests/faces.py")
     until = time.monotonic() + 60
     while not list(folder.glob("data/synthetic.*/synthetic/AffectNet/*/*/*.jpg")):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pids[0]}/task/{process.pids[0]}/children").read_text().split()
     assert len(children) == os.cpu_count()
     return process, [int(child) for child in children]
 
@@ -148,4 +151,5 @@ def test_drawing_processes_end_with_their_parent(tmp_path, number):
 
 
 def test_the_folder_says_what_it_holds(faces):
-    assert json.loads((faces / "synthetic/made_by.json").read_text()) == {"seed": 0, "scale": 0.05}
+    assert json.loads((faces / "synthetic/made_by.json").read_text()) == {
+        "seed": 0, "scale": 0.05, "test_people": 0, "labels": "expression"}

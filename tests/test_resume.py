@@ -3,6 +3,7 @@ processes, small and odd data."""
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, quick, run_command, start_command
+from conftest import Forked, ended, quick, run_command
 from endure import differences, endure, finish, processes_of, start, wait_for_a_step
 
 import data
@@ -38,19 +39,13 @@ def losses(folder: Path) -> list:
 
 def test_a_run_that_is_killed_ends_as_if_it_was_not(tmp_path, faces):
     """python tests/endure.py does it 30 times, in both stages."""
-    assert "equal bit for bit" in endure(tmp_path, faces, "finetune.py", 4, 1, 1, 0, "--pretrained", "none")
+    assert "equal bit for bit" in endure(tmp_path, faces, "finetune.py", 3, 1, 1, 0, "--pretrained", "none")
 
 
-def test_a_second_signal_does_not_wait_for_the_end_of_the_step(tmp_path, faces):
+def test_a_second_signal_does_not_wait_for_the_end_of_the_step(tmp_path, faces, monkeypatch):
     """Of a step that takes for ever; the first one waits for it."""
-    (tmp_path / "slow.py").write_text(f"""import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import pretrain
-pretrain.TrainingData.read = lambda *given: open("reading", "w").close() or time.sleep(1000)
-pretrain.guarded(pretrain.main)
-""")
-    process = start_command(tmp_path, tmp_path / "slow.py", *STAGE_1[1:], "--data-root", faces, "--workers", 0,
-                            "--output", tmp_path / "run")
+    monkeypatch.setattr(data.TrainingData, "read", lambda *given: open("reading", "w").close() or time.sleep(1000))
+    process = Forked(tmp_path, *STAGE_1, "--data-root", faces, "--workers", 0, "--output", tmp_path / "run")
     try:
         until = time.monotonic() + 60
         while not (tmp_path / "reading").exists() and process.poll() is None and time.monotonic() < until:
@@ -78,7 +73,8 @@ def run(tmp_path_factory, faces):
 def whole(tmp_path_factory, run, faces):
     """Undisturbed runs of stage 1, three epochs long, by one process and by two."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", folder / "2", processes=2), folder)
+    run_command(folder, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", folder / "2", processes=2,
+                start=Forked)
     return {1: run / "pretrain.py", 2: folder / "2"}
 
 
@@ -86,31 +82,31 @@ def whole(tmp_path_factory, run, faces):
 def test_a_signal_ends_a_run_within_the_epoch_without_losing_a_step(whole, tmp_path, faces, number, processes):
     """With a checkpoint per epoch, so that the signal itself must have saved what came after."""
     command = [*STAGE_1, "--data-root", faces, "--epochs", 3, "--output", tmp_path / "stopped"]
-    process = start(tmp_path, *command, processes=processes)
-    wait_for_a_step(process, tmp_path / "stopped")
-    if processes == 1:                      # to the loading processes too, as a terminal or a batch system does
-        for pid in processes_of(tmp_path / "stopped"):
-            os.kill(pid, number)
-    else:
-        process.send_signal(number)
-    status = process.wait(timeout=60)
-    text = (tmp_path / "output.txt").read_text()
-    assert status == (128 + number if processes == 1 else 1), text  # torchrun's own exit status is 1
-    assert processes == 2 or "Traceback" not in text
-    assert model.read_checkpoint(tmp_path / "stopped/last.pt")["state"]["epoch"] < 3
-    finish(start(tmp_path, *command, processes=processes), tmp_path)
+    process = Forked(tmp_path, *command, processes=processes)
+    while not re.search(r"epoch 2/3:.*\| [1-5]/11 ", process.text()) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number, group=processes == 1)
+    assert "Traceback" not in ended(process, 128 + number)
+    state = model.read_checkpoint(tmp_path / "stopped/last.pt")["state"]
+    assert state["epoch"] == 1 and state["step"] > 0
+    run_command(tmp_path, *command, processes=processes, start=Forked)
     assert not differences(whole[processes], tmp_path / "stopped")
 
 
-def test_torchrun_restarts_a_run_that_goes_on_where_it_was(whole, tmp_path, faces):
-    process = start(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 3, "--save-minutes", 0, "--output",
-                    tmp_path / "restarted", processes=2, restarts=1)
+def test_torchrun_restarts_and_ends_a_run_that_goes_on_where_it_was(whole, tmp_path, faces):
+    command = [*STAGE_1, "--data-root", faces, "--epochs", 3, "--save-minutes", 0, "--output", tmp_path / "restarted"]
+    process = start(tmp_path, *command, processes=2, restarts=1)
     wait_for_a_step(process, tmp_path / "restarted")
     of_rank_one = [pid for pid in processes_of(tmp_path / "restarted")
                    if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(min(of_rank_one), signal.SIGKILL)  # the others are its loading processes
-    finish(process, tmp_path)
-    assert "resumed from" in (tmp_path / "output.txt").read_text()
+    until = time.monotonic() + 120
+    while "resumed from" not in (tmp_path / "output.txt").read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    wait_for_a_step(process, tmp_path / "restarted")
+    process.send_signal(signal.SIGTERM)
+    finish(process, tmp_path, status=1)     # torchrun's own
+    assert "resumed from" in run_command(tmp_path, *command, processes=2, start=Forked)
     assert not differences(whole[2], tmp_path / "restarted")
 
 
@@ -179,7 +175,7 @@ def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "one")
     quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "one")
     text = run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
-                       processes=2)
+                       processes=2, start=Forked)
     assert "1 processes then, 2 now: the samples of every step, their crops, masks and noise stay the same" in text
     assert len(losses(tmp_path / "run")) == len(losses(run / "pretrain.py"))
     assert [loss for _, loss in losses(tmp_path / "run")] == pytest.approx(
@@ -242,9 +238,9 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(run, faces, tmp_pa
 
 def test_four_processes_do_what_one_does(tmp_path, faces):
     """Two micro-batches of clips and of images in a step: fewer than processes, and of different sizes."""
-    command = [*STAGE_2, "--data-root", faces, "--epochs", 2, "--micro-batch", 4, "--image-batch-size", 12, "--output"]
+    command = [*STAGE_2, "--data-root", faces, "--epochs", 1, "--image-batch-size", 12, "--output"]
     quick(finetune, *command[1:], tmp_path / "1")
-    run_command(tmp_path, *command, tmp_path / "4", processes=4)
+    run_command(tmp_path, *command, tmp_path / "4", processes=4, start=Forked)
     one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
     assert [modality for modality, _ in one] == [modality for modality, _ in four]
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in four], rel=2e-3)
@@ -267,20 +263,18 @@ def test_the_first_processes_clock_alone_says_when_to_save():
 @pytest.mark.parametrize("script, command", [(pretrain, STAGE_1),
                                              (finetune, [*STAGE_2, "--mixing", 1, "--augment", "paper"])])
 def test_the_number_of_loading_workers_changes_nothing(tmp_path, faces, script, command):
-    for workers in (0, 1, 2):
+    for workers in (0, 2):
         quick(script, *command[1:], "--data-root", faces, "--epochs", 1, "--output",
               tmp_path / str(workers), "--workers", workers)
-    assert not differences(tmp_path / "0", tmp_path / "1") and not differences(tmp_path / "0", tmp_path / "2")
+    assert not differences(tmp_path / "0", tmp_path / "2")
 
 
 def test_a_process_that_fails_ends_all_with_its_own_message_first(tmp_path, faces):
     shutil.copytree(faces / "synthetic", tmp_path / "synthetic")
     for clip in sorted((tmp_path / "synthetic/DFEW/clip_jpg_256").iterdir())[:20]:
         clip.write_bytes(b"")
-    process = start_command(tmp_path, *STAGE_2, "--data-root", tmp_path, "--output", tmp_path / "run", processes=2)
-    began = time.monotonic()
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and time.monotonic() - began < 60, text  # gloo's own time-out is half an hour
+    text = run_command(tmp_path, *STAGE_2, "--data-root", tmp_path, "--output", tmp_path / "run", processes=2,
+                       status=1, start=Forked)
     first = next(line for line in text.splitlines() if "error" in line.lower() or "Traceback" in line)
     assert "videos cannot be read, more than 1 %" in first
 

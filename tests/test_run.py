@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_command, run_here
+from conftest import Forked, ended, run_command, run_here, start_command
 
 import data
 import model
@@ -30,25 +30,31 @@ def assert_same_losses(one, two, steps=20):
 def runs(tmp_path_factory, faces):
     """Both stages by one process and by two, the second stage of each from the first stage's single-process result."""
     folder = tmp_path_factory.mktemp("runs")
-    printed = {}
-    for processes in (1, 2):
-        pre, fine = folder / f"pre{processes}", folder / f"fine{processes}"
-        printed["pretrain", processes] = run_command(
-            folder, "pretrain.py", *SMALL, "--data-root", faces, "--epochs", 2, "--output", pre, processes=processes)
-        printed["finetune", processes] = run_command(
-            folder, "finetune.py", *SMALL, "--data-root", faces, "--epochs", 3, "--warmup-epochs", 1,
-            "--image-batch-size", 16, "--pretrained", folder / "pre1/last.pt", "--output", fine, processes=processes)
+    pre, fine = commands(folder, faces)
+    together = start_command(folder, *pre, "--output", folder / "pre2", processes=2)
+    printed = {"pretrain": run_command(folder, *pre, "--output", folder / "pre1", start=Forked)}
+    ended(together)
+    together = Forked(folder, *fine, "--output", folder / "fine2", processes=2)
+    printed["finetune"] = run_command(folder, *fine, "--output", folder / "fine1", start=Forked)
+    ended(together)
     return folder, printed
+
+
+def commands(folder, faces) -> tuple[list, list]:
+    common = [*SMALL, "--data-root", faces]
+    return (["pretrain.py", *common, "--epochs", 2],
+            ["finetune.py", *common, "--epochs", 3, "--warmup-epochs", 1, "--image-batch-size", 16, "--pretrained",
+             folder / "pre1/last.pt"])
 
 
 def test_both_stages_run_and_say_what_they_derived(runs):
     _, printed = runs
     for expected in ("M parameters; 1 process on", "peak learning rate", "micro-batches of 8",
-                     "'video': 248", "'image': 26"):
-        assert expected in printed["pretrain", 1]
+                     "'video': 124", "'image': 26"):
+        assert expected in printed["pretrain"]
     for expected in ("made new: blocks.*.moe_layer", "dropped: decoder", "labels run from 0 to 6", "last epoch",
                      "best epoch, chosen by WAR on the test fold itself", "true \\ predicted", "most frequent class"):
-        assert expected in printed["finetune", 1]
+        assert expected in printed["finetune"]
 
 
 @pytest.mark.parametrize("stage, steps", [("pre", 20), ("fine", 12)])
@@ -57,25 +63,29 @@ def test_two_processes_follow_the_losses_of_one(runs, stage, steps):
     assert_same_losses(losses(folder / f"{stage}1"), losses(folder / f"{stage}2"), steps)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_compiled_layers_follow_the_losses_and_are_compiled_in_the_first_epoch_only(runs, faces, monkeypatch, stage):
-    folder, _ = runs
-    monkeypatch.setenv("TORCH_LOGS", "recompiles")
-    own = (["--epochs", 2] if stage == "pretrain" else
-           ["--epochs", 3, "--warmup-epochs", 1, "--image-batch-size", 16, "--pretrained", folder / "pre1/last.pt"])
-    output = run_command(folder, f"{stage}.py", *SMALL, "--data-root", faces, *own, "--compile", "aot_eager",
-                         "--output", folder / f"compiled-{stage}")
-    first, later = output.split(f"{stage} epoch 2/", 1)
-    assert "Recompiling function" in first, "the two kinds of batch have different shapes"
-    assert "Recompiling function" not in later and "recompile_limit" not in output
-    plain = losses(folder / {"pretrain": "pre1", "finetune": "fine1"}[stage])
-    assert_same_losses(losses(folder / f"compiled-{stage}"), plain, {"pretrain": 20, "finetune": 12}[stage])
+def test_compiled_layers_follow_the_losses_and_are_compiled_in_the_first_epoch_only(runs, faces, monkeypatch):
+    folder, compile_module = runs[0], torch.nn.Module.compile
+
+    def compile_and_say(module, **options):
+        torch.compiler.reset()              # of what was compiled before in this process
+        torch._logging.set_logs(recompiles=True)
+        compile_module(module, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_and_say)
+    started = [Forked(folder, *command, "--compile", "aot_eager", "--output", folder / f"compiled-{command[0]}")
+               for command in commands(folder, faces)]
+    for process, stage, plain, steps in zip(started, ("pretrain", "finetune"), ("pre1", "fine1"), (20, 12)):
+        output = ended(process)
+        first, later = output.split(f"{stage} epoch 2/", 1)
+        assert "Recompiling function" in first, "the two kinds of batch have different shapes"
+        assert "Recompiling function" not in later and "recompile_limit" not in output
+        assert_same_losses(losses(folder / f"compiled-{stage}.py"), losses(folder / plain), steps)
 
 
 def test_evaluation_by_two_processes_is_exactly_that_of_training_by_one(runs, faces):
     folder, _ = runs
     text = run_command(folder, "evaluate.py", "--checkpoint", folder / "fine1/last.pt", "--data-root", faces,
-                       "--workers", 1, "--output", folder / "evaluation", processes=2)
+                       "--workers", 1, "--output", folder / "evaluation", processes=2, start=Forked)
     assert "synthetic, fold 1: 7 test samples" in text and "synthetic-images: 14 test samples" in text
     report = json.loads((folder / "evaluation/evaluation.json").read_text())
     assert sum(map(sum, report["synthetic"]["confusion"])) == 7, "no sample may be counted twice"
@@ -148,6 +158,6 @@ def test_damaged_data_stops_training_and_evaluation_with_the_files_name(runs, fa
     command = ["--data-root", tmp_path, "--workers", 1]
     text = run_here(folder, "evaluate.py", "--checkpoint", folder / "fine1/last.pt", *command, status=1)
     assert "00001.mp4" in text
-    text = run_command(folder, "finetune.py", "--dataset", "synthetic", *command, "--pretrained", "none", "--output",
-                       tmp_path / "run", status=1)
+    text = run_here(folder, "finetune.py", "--dataset", "synthetic", *command, "--pretrained", "none", "--output",
+                    tmp_path / "run", status=1)
     assert ".mp4" in text and "Traceback" not in text
