@@ -259,7 +259,7 @@ def main() -> None:
         return
     if not args.report:
         args.output.mkdir(parents=True, exist_ok=True)
-        command, cores = [sys.executable, __file__, *sys.argv[1:], "--one-core", "--worlds"], os.cpu_count()
+        command, cores = [sys.executable, __file__, *sys.argv[1:], "--one-core", "--worlds"], len(os.sched_getaffinity(0))
         signal.signal(signal.SIGTERM, lambda *received: sys.exit(128 + signal.SIGTERM))
         quiet = os.environ | {"TQDM_DISABLE": "1"}
         running = [subprocess.Popen([*command, *map(str, args.worlds[i::cores])], env=quiet)
