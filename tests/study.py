@@ -225,7 +225,7 @@ def report(worlds: list[dict]) -> str:
     seconds = sum(line["seconds"] for world in worlds for line in world.values())
     return "\n\n".join([markdown(["difference of UAR on clips, in points", "", ""], headlines),
                         markdown(["UAR in %", "clips", "images", "clips, minus S4D"], rows),
-                        f"{sum(map(len, worlds))} runs in {len(worlds)} worlds, {seconds / 3600:.1f} hours of one core"])
+                        f"{sum(map(len, worlds))} runs in {len(worlds)} worlds, {seconds / 3600:.1f} core hours"])
 
 
 def picture(worlds: list[dict], path: Path) -> None:
@@ -259,7 +259,8 @@ def main() -> None:
         return
     if not args.report:
         args.output.mkdir(parents=True, exist_ok=True)
-        command, cores = [sys.executable, __file__, *sys.argv[1:], "--one-core", "--worlds"], len(os.sched_getaffinity(0))
+        command = [sys.executable, __file__, *sys.argv[1:], "--one-core", "--worlds"]
+        cores = len(os.sched_getaffinity(0))
         signal.signal(signal.SIGTERM, lambda *received: sys.exit(128 + signal.SIGTERM))
         quiet = os.environ | {"TQDM_DISABLE": "1"}
         running = [subprocess.Popen([*command, *map(str, args.worlds[i::cores])], env=quiet)
