@@ -139,6 +139,8 @@ def exit_status(function) -> int:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         return 1 if isinstance(end.code, str) else end.code or 0
+    finally:                                # guarded() has removed it: the next loader is to set it again
+        torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = False
     return 0
 
 

@@ -205,7 +205,7 @@ def released_classifier():
 def test_a_released_classifier_gives_the_released_models_logits(tmp_path, prefix):
     source = released_classifier()
     torch.save({"model": {prefix + name: value for name, value in source.state_dict().items()}}, tmp_path / "s4d.pt")
-    loaded = load_checkpoint(tmp_path / "s4d.pt").double().eval()
+    loaded = load_checkpoint(tmp_path / "s4d.pt").double().eval().requires_grad_(False)
     assert loaded.architecture == source.architecture | {"image_classes": model.unnamed(3),
                                                          "video_classes": model.unnamed(4)}
     if prefix:

@@ -575,16 +575,17 @@ def test_animations_are_clips_and_what_is_no_media_is_named(runs, faces, tmp_pat
 
 
 def test_results_are_written_whole_or_not_at_all(runs, faces, tmp_path, monkeypatch):
-    command = ("evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--report", "out")
-    run_here(tmp_path, *command)
+    command = ("evaluate.py", "--data-root", faces, "--dataset", "synthetic-images", "--checkpoint")
+    run_here(tmp_path, *command, runs / "fold1/best.pt", "--report", "out")
+    other = runs / "fold2/best.pt"
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     def fail(*arguments):
         raise UserError("too late")
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "attention_sheet", fail)
-        assert "too late" in run_here(tmp_path, *command, "--dataset", "synthetic-images", status=1)
-        assert "too late" in run_here(tmp_path, *command[:-1], "new", status=1)
+        for output in ("out", "new"):
+            assert "too late" in run_here(tmp_path, *command, other, "--report", output, status=1)
     with monkeypatch.context() as patch:            # a disk that is full at the last file
         write_bytes, left = Path.write_bytes, iter(range(5))
 
@@ -593,7 +594,7 @@ def test_results_are_written_whole_or_not_at_all(runs, faces, tmp_path, monkeypa
                 raise OSError(28, "No space left on device")
             return write_bytes(path, content)
         patch.setattr(Path, "write_bytes", fill)
-        assert "No space left" in run_here(tmp_path, *command, "--dataset", "synthetic-images", status=1)
+        assert "No space left" in run_here(tmp_path, *command, other, "--report", "out", status=1)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert not (tmp_path / "new").exists()
 

@@ -5,13 +5,11 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Forked, ended, run_here
+from conftest import Forked, ended, run_here
 from faces import plan_files, write_faces
 
 import data
@@ -19,7 +17,7 @@ from data import load_samples
 from model import Size, UserError
 
 SMALL = Size(32, 1, 2, 32, 2, 1, pixels=32, patch=8)  # 16 frames of 32 x 32
-SCALE = 0.02
+SCALE = 0.01
 
 
 def hashes(root: Path) -> dict[str, str]:
@@ -31,7 +29,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_data(tmp_path
     for folder, seed in (("first", 0), ("again", 0), ("other", 1)):
         write_faces(tmp_path / folder / "synthetic", seed, SCALE)
     first, again, other = (hashes(tmp_path / folder / "synthetic") for folder in ("first", "again", "other"))
-    assert again == first and len(set(first.values())) > 100  # and not all the same picture
+    assert again == first and len(set(first.values())) > 80  # and not all the same picture
     assert not set(other.values()) & set(first.values()) and len(other) == len(first)
     for name, splits in (("synthetic", 5), ("synthetic-images", 1), ("synthetic-unlabelled", 1)):
         for split in ("train", "test"):
@@ -109,18 +107,16 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/file cannot be written: "):
         write_faces(tmp_path / "file" / "synthetic", scale=SCALE)
-    limits, started = {"jpg": 1_000, "mp4": 7_000}, {}  # bytes of a file, as a full disk has it
-    for file, limit in limits.items():
-        (tmp_path / file).mkdir()
-        started[file] = subprocess.Popen([sys.executable, str(ROOT / "tests/faces.py"), "--scale", "0.001"],
-                                         cwd=tmp_path / file, stderr=subprocess.PIPE, text=True,
-                                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    for file, process in started.items():
-        text = process.communicate(timeout=120)[1]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, file in ((1_000, "jpg"), (7_000, "mp4")):  # bytes of a file, as a full disk has it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            text = run_here(tmp_path, "tests/faces.py", "--scale", 0.001, status=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         last = text.splitlines()[-1]
-        assert process.returncode == 1 and "Traceback" not in text, text
         assert last.startswith("error: data/synthetic.") and f".{file} cannot be written: File too large" in last
-        assert not list((tmp_path / file / "data").iterdir())
+        assert not list((tmp_path / "data").iterdir())
 
 
 def drawing(folder: Path) -> tuple[Forked, list[int]]:
