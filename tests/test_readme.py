@@ -47,7 +47,7 @@ def test_the_lessons_experiments_print_what_the_readme_says(code, expected, caps
 
 def test_the_pictures_are_there():
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert len(pictures) >= 6 and all((ROOT / path).stat().st_size < 150_000 for path in pictures)
+    assert len(pictures) >= 5 and all((ROOT / path).stat().st_size < 150_000 for path in pictures)
 
 
 def test_only_the_files_of_the_card_are_modules():
