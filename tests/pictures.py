@@ -2,6 +2,7 @@
 
     python tests/pictures.py            tests/pictures/expressions.png and token.png
 """
+import math
 import sys
 from pathlib import Path
 
@@ -102,19 +103,20 @@ def token(path: Path) -> None:
 
 
 def curves(title: str, below: str, x: tuple, lines: dict[str, list[tuple[float, float]]]) -> Image.Image:
-    """Lines over equally spaced x, each a label with (mean, half-width of its band) in per cent."""
-    image, left, bottom, step = Image.new("RGB", (720, 420), "white"), 60, 350, 180
+    """Lines over x, which doubles from step to step, each a label with (mean, half-width of its band) in per cent."""
+    image, left, bottom = Image.new("RGB", (720, 420), "white"), 60, 350
+    places = [left + 40 + 140 * math.log2(value / x[0]) for value in x]
     draw, colours = ImageDraw.Draw(image, "RGBA"), (BLUE, (217, 95, 14))
     for value in range(20, 101, 20):
         draw.line((left, bottom - 4 * (value - 20), 700, bottom - 4 * (value - 20)), GREY)
         draw.text((left - 8, bottom - 4 * (value - 20)), str(value), "black", FONT, anchor="rm")
-    for i, value in enumerate(x):
-        draw.text((left + 40 + step * i, bottom + 14), str(value), "black", FONT, anchor="mm")
+    for place, value in zip(places, x):
+        draw.text((place, bottom + 14), str(value), "black", FONT, anchor="mm")
     draw.text((left + 310, bottom + 44), below, "black", FONT, anchor="mm")
     draw.text((left, 12), title, "black", FONT, anchor="lm")
     for (label, points), colour in zip(lines.items(), colours):
-        upper, middle, lower = ([(left + 40 + step * i, bottom - 4 * (mean + side * half - 20))
-                                 for i, (mean, half) in enumerate(points)] for side in (1, 0, -1))
+        upper, middle, lower = ([(place, bottom - 4 * (mean + side * half - 20))
+                                 for place, (mean, half) in zip(places, points)] for side in (1, 0, -1))
         draw.polygon(upper + lower[::-1], (*colour, 60))
         draw.line(middle, colour, 3)
         draw.text((middle[0][0] + 6, middle[0][1] - 12), label, colour, FONT, anchor="lb")

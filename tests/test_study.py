@@ -2,15 +2,12 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import study
-from conftest import ROOT
 from faces import write_faces
 
 from data import MicroBatch, Source, TrainingData
@@ -110,12 +107,13 @@ def test_intervals_are_paired_and_open_where_they_hold_zero():
     assert re.search(r"stage 1 on both - none .*higher", study.report(worlds))
 
 
-def test_the_command_reports_and_draws(tmp_path):
+def test_the_command_reports_and_draws(tmp_path, capsys):
     for seed in (0, 1):
         lines = [dict(row=name, uar={"video": 0.5 + 0.1 * seed, "image": 0.7}, seconds=1800) for name in study.ROWS]
         (tmp_path / f"world-{seed}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    command = [sys.executable, ROOT / "tests/study.py", "--report", "--worlds", "0", "1", "--output", tmp_path,
-               "--picture", tmp_path / "curve.png"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with mock.patch("sys.argv", ["study.py", "--report", "--worlds", "0", "1", "--output", str(tmp_path), "--picture",
+                                 str(tmp_path / "curve.png")]):
+        study.main()
+    printed = capsys.readouterr().out
     assert "55.0 ± 63.5" in printed and f"{2 * len(study.ROWS)} runs in 2 worlds" in printed
     assert Path(tmp_path, "curve.png").stat().st_size > 1000
