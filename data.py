@@ -3,7 +3,7 @@ of one source each are interleaved.
 
 It reads from the method to the files: `Samples` are one split of a data set; `train_frames` and its neighbours choose
 the frames of a clip; `augmentation` is what training does to them; `schedule_epoch` draws an epoch's steps, each of
-images or of clips. Below the line of '=' follows what can be skipped: data sets, lists, readers, fingerprints.
+images or of clips. Below the line of '=' follows what can be skipped: loading processes, data sets, lists, readers.
 
 B batch    T frames of a clip    H x W pixels    n samples, or frames of a whole video    v views of one sample
 """
@@ -345,7 +345,7 @@ def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
 
 
 # ==================================================================================================================
-# From here on files only: where the data sets lie, lists, readers. On a first reading skip to the next script.
+# From here on loading processes and files: where data sets lie, lists, readers. On a first reading skip to pretrain.py.
 # ==================================================================================================================
 
 # ------------------------------------------------------------------------------------------------- loading processes

@@ -283,7 +283,7 @@ class MaskedAutoencoder(nn.Module):
             hidden, count = random_mask(batch, tokens, ratio, x.device), masked_tokens(tokens, ratio)
         else:                               # a GPU's host waits here, for a given mask only
             count = hidden_count(hidden, batch, tokens)
-        # Visible tokens first, then hidden ones, each in token order; of a given mask just so.
+        # Visible tokens first, then hidden ones, each in token order, whether the mask was drawn or given.
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)          # (B, N)
         seen, unseen = order[:, :-count], order[:, -count:]                 # (B, V), (B, N - V)
 
