@@ -65,24 +65,6 @@ class Samples:
     def counts(self) -> list[int]:
         return np.bincount(self.labels, minlength=len(self.classes)).tolist()
 
-    def digests(self) -> np.ndarray:
-        """(n,) int64, sorted: a hash of each sample, by which a checkpoint remembers what it was trained on. It is of
-        the path below the data root, or of the absolute one of one's own data, whatever their list is called."""
-        place = os.path.realpath(self.root) if self.data_root is None else os.path.relpath(self.root, self.data_root)
-        hashes = [hashlib.blake2b(os.fsencode(f"{place}/") + name, digest_size=8).digest()
-                  for name in self.names.tolist()]
-        return np.sort(np.frombuffer(b"".join(hashes), np.int64))
-
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits of all names and labels in their order."""
-        rows = zip(self.names.tolist(), self.labels.tolist())
-        return hashlib.blake2b(b"\n".join(b"%s,%d" % row for row in rows), digest_size=8).hexdigest()
-
-    def identity(self) -> str:
-        """What a checkpoint says of its data: the same data give the same text."""
-        return (f"{self.name}, fold {self.fold}, stride {self.stride}: {len(self)} samples, fingerprint "
-                f"{self.fingerprint()}")
-
 
 # ------------------------------------------------------------------------------------------- which frames of a video
 
@@ -588,6 +570,23 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
         raise UserError(f"of {len(samples)} samples of {name}, {split}, fold {fold}, not in {samples.root}{forms}: "
                         f"{few(samples.names[~there])} ({'; '.join(samples.notes)})")
     return samples
+
+
+def digests_of(samples: Samples) -> np.ndarray:
+    """(n,) int64, sorted: a hash of each sample, by which a checkpoint remembers what it was trained on. It is of the
+    path below the data root, or of the absolute one of one's own data, whatever their list is called."""
+    root, data_root = samples.root, samples.data_root
+    place = os.path.realpath(root) if data_root is None else os.path.relpath(root, data_root)
+    hashes = [hashlib.blake2b(os.fsencode(f"{place}/") + name, digest_size=8).digest()
+              for name in samples.names.tolist()]
+    return np.sort(np.frombuffer(b"".join(hashes), np.int64))
+
+
+def identity_of(samples: Samples) -> str:
+    """What a checkpoint says of its data: the same names and labels in the same order give the same text."""
+    rows = b"\n".join(b"%s,%d" % row for row in zip(samples.names.tolist(), samples.labels.tolist()))
+    return (f"{samples.name}, fold {samples.fold}, stride {samples.stride}: {len(samples)} samples, fingerprint "
+            f"{hashlib.blake2b(rows, digest_size=8).hexdigest()}")
 
 
 def few(items) -> str:

@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import (CATALOGUE, IMAGE_SUFFIXES, OWN_DATA_STRIDE, VIDEO_SUFFIXES, Samples, TestData, catalogue,
-                  dataset_name, few, fixed_crop, load_samples, loader, natural, read_clip, read_image, short_name,
-                  shows_clip, to_float)
+                  dataset_name, digests_of, few, fixed_crop, identity_of, load_samples, loader, natural, read_clip,
+                  read_image, short_name, shows_clip, to_float)
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, MaskedAutoencoder, Size, UserError, at_least_fp32,
                    channel_values, normalised_target, patchify, read_checkpoint, rebuild, same_classes, unnamed)
 from pretrain import Formatter, Process, default_workers, guarded, number, path, start
@@ -616,11 +616,11 @@ def load_test(report: Report, file: Path, checkpoint: dict, name: str) -> Sample
     # Another set of the catalogue has a stride of its own; one's own single list has no test part.
     stride = identity.get("video stride") if name == identity.get("dataset") or name not in CATALOGUE else None
     samples = load_samples(name, args.data_root, "test" if name in CATALOGUE or "," in name else "train", fold, stride)
-    then, now = identity.get(f"test {samples.modality}", ""), samples.identity()
+    then, now = identity.get(f"test {samples.modality}", ""), identity_of(samples)
     # With --validation, what training tested on is a part of its own fold.
     if then.startswith(f"{samples.name}, fold {fold}, ") and then != now and not identity.get("validation"):
         report.warn(f"these are not the test samples that {file} recorded: {now}; recorded: {then}")
-    if known := np.isin(samples.digests(), checkpoint.get("digests", {}).get(samples.modality, [])).sum():
+    if known := np.isin(digests_of(samples), checkpoint.get("digests", {}).get(samples.modality, [])).sum():
         text = f"{file} was trained on {known} of the {len(samples)} test samples of {name}, fold {fold}"
         if args.folds:
             raise UserError(text)

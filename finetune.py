@@ -19,7 +19,8 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import Samples, Schedule, Source, TrainingData, dataset_name, hold_out, load_samples, short_name, to_float
+from data import (Samples, Schedule, Source, TrainingData, dataset_name, digests_of, hold_out, load_samples, short_name,
+                  to_float)
 from evaluate import evaluate, gate_statistics, table
 from model import EXPERT_SETTINGS, S4D, SIZES, UserError, at_least_fp32, initialise, modality, read_checkpoint, rebuild
 from pretrain import (Process, Rate, RunFolder, common_settings, decayed, describe, guarded, number, parse, start,
@@ -113,7 +114,7 @@ def draw_from(args) -> tuple[dict[str, Source], dict[str, Samples], dict[str, Sa
         if name == "none":
             continue
         samples, test[m] = (load_samples(name, args.data_root, split, fold, args.stride) for split in ("train", "test"))
-        if known := np.isin(test[m].digests(), samples.digests()).sum():
+        if known := np.isin(digests_of(test[m]), digests_of(samples)).sum():
             raise UserError(f"{known} of the {len(test[m])} test samples of {name} are training samples too")
         if args.validation:
             samples, validation[m] = hold_out(samples, args.validation, args.seed)

@@ -609,7 +609,7 @@ def rebuild(checkpoint: dict, path) -> MaskedAutoencoder | S4D:
     """load_checkpoint of a file that has been read."""
     try:
         module = MODULES[checkpoint["stage"]](**checkpoint["architecture"])
-    except Exception as error:              # as above
+    except (UserError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes no model: {error}") from error
     load_weights(module, checkpoint["model"], path)
     return module

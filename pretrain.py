@@ -34,7 +34,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Samples, Schedule, Source, TrainingData, dataset_name, load_samples, loader, short_name, to_float
+from data import (Samples, Schedule, Source, TrainingData, dataset_name, digests_of, identity_of, load_samples, loader,
+                  short_name, to_float)
 from model import (MASK_RATIO, SIZES, Layer, MaskedAutoencoder, UserError, load_weights, masked_tokens, modality,
                    read_checkpoint, whole_file)
 
@@ -156,11 +157,11 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
                 group["lr"] = lr * group.get("scale", 1.0)
 
             # Forward and backward: this process's micro-batches, whose weighted losses add up to the step's
-            total, problem, last = torch.zeros((), device=process.device), "", False
-            while not last:
+            total, problem, micro = torch.zeros((), device=process.device), "", None
+            while micro is None or not micro.last:
                 micro, x, labels, errors = next(batches)
                 problem = problem or leave_out(errors, micro.modality, state["left_out"], data.sources)
-                last = ddp.require_backward_grad_sync = micro.last          # DDP adds gradients up in the last one
+                ddp.require_backward_grad_sync = micro.last                 # DDP adds gradients up in the last one
                 torch.manual_seed(micro.seed)                               # of masks, mixing and gate noise
                 with process.autocast():
                     loss = ddp(process.upload(x), process.upload(labels), micro.weight)
@@ -525,8 +526,8 @@ class RunFolder:
         self.identity = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
         self.identity |= {f"{m} stride": samples.stride for m, samples in train.items() if m == "video"}
         for split, parts in (("train", train), ("test", test)):
-            self.identity |= {f"{split} {m}": samples.identity() for m, samples in parts.items()}
-        self.digests = {m: torch.from_numpy(samples.digests()) for m, samples in train.items() if test}
+            self.identity |= {f"{split} {m}": identity_of(samples) for m, samples in parts.items()}
+        self.digests = {m: torch.from_numpy(digests_of(samples)) for m, samples in train.items() if test}
         if process.main:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / "lock", "a+")  # what may stand in it stays

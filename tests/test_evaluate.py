@@ -17,7 +17,7 @@ from PIL import Image
 
 import data
 import evaluate
-from data import load_samples, read_clip, read_image, to_float
+from data import digests_of, identity_of, load_samples, read_clip, read_image, to_float
 from evaluate import (attention, class_centres, colours, confusion_matrix, contact_sheet, cross_task, gate_statistics,
                       heat_map, join_folds, markdown, media_data, media_files, metrics, observe, reconstruct, table,
                       unpatchify)
@@ -343,8 +343,8 @@ def runs(tmp_path_factory, faces):
                                   identity=dict(dataset="synthetic-unlabelled", image_dataset="synthetic-images")))
     for fold in range(1, 6):
         train, test = (load_samples("synthetic", faces, split, fold) for split in ("train", "test"))
-        save(folder / f"fold{fold}/best.pt", seed=fold, fold=fold, digests={"video": torch.from_numpy(train.digests())},
-             **{"test video": test.identity(), "train video": train.identity(), "video stride": 2})
+        save(folder / f"fold{fold}/best.pt", seed=fold, fold=fold, digests={"video": torch.from_numpy(digests_of(train))},
+             **{"test video": identity_of(test), "train video": identity_of(train), "video stride": 2})
     return folder
 
 
@@ -381,7 +381,7 @@ def test_folds_that_do_not_belong_together_are_refused(runs, faces, tmp_path):
     folds = [runs / f"fold{fold}/best.pt" for fold in range(1, 6)]
     leaky = load_samples("synthetic", faces, "test", 5)
     trained_on_test = save(tmp_path / "fold5/best.pt", fold=5,
-                           digests={"video": torch.from_numpy(leaky.digests()[:3])})
+                           digests={"video": torch.from_numpy(digests_of(leaky)[:3])})
     for given, expected in ((folds[1:], "--folds expects one checkpoint of each fold of synthetic, [1, 2, 3, 4, 5]: "
                              "these are of folds [2, 3, 4, 5]"),
                             (folds + folds[:1], "these are of folds [1, 1, 2, 3, 4, 5]"),
@@ -398,15 +398,15 @@ def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
     checkpoint = torch.load(runs / "fold1/best.pt")
     then = checkpoint["identity"]["test video"]
     checkpoint["identity"]["test video"] = other = then[:-16] + "0" * 16
-    checkpoint["digests"]["video"] = torch.from_numpy(load_samples("synthetic", faces, "test").digests())
+    checkpoint["digests"]["video"] = torch.from_numpy(digests_of(load_samples("synthetic", faces, "test")))
     write(tmp_path / "best.pt", checkpoint)
     command = ("evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root", faces)
     text = run_here(tmp_path, *command)
     assert f"{then}; recorded: {other}" in text
     assert "best.pt was trained on 7 of the 7 test samples" in text
     assert len(read_csv(tmp_path / "best/predictions-synthetic.csv")) == 7
-    assert load_samples("synthetic", faces, "test", stride=1).identity() != load_samples(
-        "synthetic", faces, "test").identity(), "16 sampled frames of DFEW are not its whole clips"
+    assert identity_of(load_samples("synthetic", faces, "test", stride=1)) != identity_of(load_samples(
+        "synthetic", faces, "test")), "16 sampled frames of DFEW are not its whole clips"
     checkpoint["identity"]["validation"] = 0.2          # then other data than the test fold chose the best epoch
     write(tmp_path / "best.pt", checkpoint)
     text = run_here(tmp_path, *command)
@@ -416,7 +416,7 @@ def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
 def test_training_samples_in_a_list_of_another_name_are_said(own, tmp_path):
     samples = load_samples(f"{own}/clips/train.csv", own, "train")
     checkpoint = torch.load(own / "best.pt")
-    checkpoint["digests"]["video"] = torch.from_numpy(samples.digests()[:4])
+    checkpoint["digests"]["video"] = torch.from_numpy(digests_of(samples)[:4])
     write(tmp_path / "best.pt", checkpoint)
     (own / "clips/other.csv").write_text((own / "clips/train.csv").read_text())
     text = run_here(own / "clips", "evaluate.py", "--checkpoint", tmp_path / "best.pt", "--dataset",
