@@ -104,7 +104,7 @@ def pad(numbers: list[int], length: int) -> list[int]:
 def fit(stage: str, samples: Samples, pixels: int, strength: str = "paper") -> v2.Transform:
     """What every frame goes through as it is read, (3, h, w) -> (3, h', w'): nothing random, and from there on memory
     follows the model's frames, not the file's. stage, strength: as of `augmentation`."""
-    if stage == "pretrain":                 # a random part of which is cut out, so only large frames shrink
+    if stage == "pretrain":                 # `augmentation` cuts a random part out, so only large frames shrink here
         return v2.Compose([partial(fixed_crop, box=samples.crop), partial(shrink, most=2 * pixels)])
     if stage == "finetune" and samples.modality == "image" and strength == "paper":
         pixels = pixels * 6 // 5            # 192 for 160
@@ -222,8 +222,8 @@ def schedule_epoch(sources: dict[str, Source], seed: int, epoch: int) -> list[li
         index = batches[modality].pop()
         size = max(1, sources[modality].micro // sources[modality].repeats)
         parts = [index[i:i + size] for i in range(0, len(index), size)]
-        steps.append([MicroBatch(modality, epoch, step, place, part, len(part) / len(index), False,
-                                 draw_seed(seed, epoch, step, place)) for place, part in enumerate(parts)])
+        steps.append([MicroBatch(modality, epoch, step, place, part, weight=len(part) / len(index), last=False,
+                                 seed=draw_seed(seed, epoch, step, place)) for place, part in enumerate(parts)])
     return steps
 
 
@@ -263,7 +263,7 @@ class TrainingData(torch.utils.data.Dataset):
         source = self.sources[micro.modality]
         views, labels, errors = [], [], []
         for i, index in enumerate(micro.index):
-            torch.default_generator.manual_seed(draw_seed(micro.seed, i))  # all of torch's would take 1 ms
+            torch.default_generator.manual_seed(draw_seed(micro.seed, i))   # torch.manual_seed, but faster
             try:
                 x = self.read(source.samples, micro.modality, index)
             except UserError as error:
@@ -277,7 +277,7 @@ class TrainingData(torch.utils.data.Dataset):
             micro = replace(micro, weight=0.0)
         x = torch.empty(len(views), *views[0].shape, dtype=torch.uint8)
         if torch.utils.data.get_worker_info():
-            x.share_memory_()               # too little of it is an error here; in the queue's thread it would be lost
+            x.share_memory_()               # in a loading process, here already: too little of it is an error here only
         return micro, torch.stack(views, out=x), torch.tensor(labels), errors
 
     def read(self, samples: Samples, modality: str, index: int) -> torch.Tensor:

@@ -187,7 +187,7 @@ def gate_statistics(model: S4D, activation: np.ndarray) -> dict[int, dict]:
 
 
 # ====================================================================================================================
-# From here on figures, reports and own media. On a first reading stop here.
+# From here on figures, reports and own media. On a first reading skip them.
 # ====================================================================================================================
 
 # --------------------------------------------------------------------------- drawing; skip it unless a picture is wrong
@@ -392,7 +392,7 @@ def report_tasks(report: Report, model: S4D, tested: dict, seen: dict[str, Obser
     report.table(f"{prefix}heads", "Table IX: each head on the other task's data, among the classes that both have",
                  ["", "UAR", "WAR", "samples"], heads)
     report.table(f"{prefix}experts", "Fig. 5: share of a layer's assignments that each expert receives, counted "
-                 "from 0 as in the checkpoint: layer 6 is blocks.6",
+                 "from 0, as layers are in the checkpoint",
                  ["", *map(str, range(model.architecture["experts"]))], experts, high=1 / model.architecture["k"])
     report.table(f"{prefix}paths", "Most frequent paths: a token's strongest expert in each of these layers",
                  ["", "share of the tokens"], paths)

@@ -190,7 +190,7 @@ class JointLoss(nn.Module):
             x = x.as_subclass(torch.Tensor)
         loss = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
         alpha = 1 if m == "video" else 0
-        loss_image, loss_video = (0, loss) if alpha else (loss, 0)
+        loss_image, loss_video = (0, loss) if alpha else (loss, 0)          # so that in the end total = loss
         # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic expressions: images and videos
         total = (1 - alpha) * loss_image + alpha * loss_video
         # The other head's gradient is 0, not None: DDP waits for it, and AdamW's decay and moments go on, as released.

@@ -8,7 +8,7 @@ Equation numbers are those of "Static for Dynamic" (S4D). Parameters carry the n
 
 B batch               T frames, H x W pixels    N tokens, V of them visible, N - V hidden
 d token width         h attention heads         P values in a token's pixels = tubelet * patch * patch * 3
-n experts             k experts per token       r hidden width of an adapter
+n experts             k experts per token       r inner width of an adapter
 The paper's mask M is 1 where a token is visible. Ours is called `hidden`: bool, True where a token is hidden. A token's
 pixels are its patch, of `tubelet` frames of `patch` x `patch` pixels. `blocks`, a released name, are layers.
 """
@@ -89,7 +89,7 @@ def in_autocast_precision(x: torch.Tensor) -> torch.Tensor:
 @cache
 def channel_values(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
     """A constant per channel, (3,), brought to the device once: a GPU's host would wait for it in every step."""
-    with torch.inference_mode(False):       # whoever asks first: training takes it as well
+    with torch.inference_mode(False):       # it is kept, and a later call may train
         return torch.tensor(values, device=device)
 
 
@@ -147,7 +147,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Softmax(q k^T / sqrt(d / h)) v, (B, h, N, d / h) each."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    # On a CPU torch's fused kernel takes 1.2 to 5 times as long in bf16 as the plain products.
+    # Speed only: on a CPU torch's fused kernel takes 1.2 to 5 times as long in bf16 as the plain products.
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
@@ -178,12 +178,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them: the FFN of Eq. (11), hidden width 4 d."""
+    """Two linear layers with a GELU between them: the FFN of Eq. (11), inner width 4 d."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, inner: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -193,7 +193,7 @@ class Layer(nn.Module):
     """A pre-norm ViT layer; with adapters (`moe_layer`) beside its FFN it is the MoAE layer of Section III-D,
     Eqs. (10)-(13). Experts may replace the FFN instead, as in ViT-MoE, which Table V compares."""
 
-    def __init__(self, width: int, heads: int, moe_layer: "MoE | None" = None):
+    def __init__(self, width: int, heads: int, moe_layer: "MoAE | None" = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
@@ -205,7 +205,7 @@ class Layer(nn.Module):
         # Eq. (10): x' = x + MHSA(LayerNorm(x))
         x = x + self.attn(self.norm1(x))                                    # x'   (B, N, d)
         normed = in_autocast_precision(self.norm2(x))                       # once for FFN, gate and adapters
-        # Eq. (11): x_g = FFN(LayerNorm(x'))
+        # Eq. (11): x_g = FFN(LayerNorm(x')). Only ViT-MoE has none
         generic = 0 if self.mlp is None else self.mlp(normed)               # x_g  (B, N, d)
         # Eq. (12): x_s = MoAE(LayerNorm(x'))
         specific = 0 if self.moe_layer is None else self.moe_layer(normed)  # x_s  (B, N, d)
@@ -216,7 +216,7 @@ class Layer(nn.Module):
 class ViT(nn.Module):
     """Patch embedding and layers. `norm` is stage 1's; stage 2 normalises the mean token instead. No class token."""
 
-    def __init__(self, size: Size, experts_in: dict[int, "MoE"], final_norm: bool = False):
+    def __init__(self, size: Size, experts_in: dict[int, "MoAE"], final_norm: bool = False):
         super().__init__()
         self.size = size
         self.patch_embed = PatchEmbed(size)
@@ -241,8 +241,8 @@ def masked_tokens(tokens: int, ratio: float) -> int:
 
 def random_mask(batch: int, tokens: int, ratio: float, device: torch.device | str = "cpu") -> torch.Tensor:
     """Uniformly random masks (B, N), True = hidden, the same number of them True in every sample."""
-    order = torch.rand(batch, tokens, device=device).argsort(dim=1)
-    return order.argsort(dim=1) < masked_tokens(tokens, ratio)              # the argsort of an order: a token's rank
+    rank = torch.rand(batch, tokens, device=device).argsort(dim=1).argsort(dim=1)  # of each token, in random order
+    return rank < masked_tokens(tokens, ratio)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -322,8 +322,8 @@ def normalised_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1]; `values` are pixels / std + constant, their variance
-    # is the pixels' / std^2, and so the 1e-6 is divided by std^2 too
+    # Wanted is (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1]. `values` are pixels / std + constant, of
+    # which this normalisation leaves nothing; their variance is the pixels' / std^2, so 1e-6 is divided by std^2 too
     deviation = (variance + 1e-6 / channel_values(IMAGE_STD, values.device).square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
 
@@ -345,7 +345,7 @@ class NoisyTopKGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., d) -> the chosen experts' weights (..., k), which sum to 1, and their numbers (..., k)."""
-        # Eq. (4): G(x) = Softmax(x W_g); the softmax is taken below, over the k chosen experts only
+        # Eq. (4), the dense gate: G(x) = Softmax(x W_g). These are its scores; below, only k go into a softmax
         logits = noisy = at_least_fp32(self.topkroute_linear(x))            # (..., n)
         if self.training:
             # The paper gives no sigma; learned as in Shazeer et al. 2017, and without noise in evaluation.
@@ -359,19 +359,19 @@ class NoisyTopKGate(nn.Module):
         return top.softmax(dim=-1), chosen
 
 
-class MoE(nn.Module):
-    """Mixture of adapter experts, MoAE: a gate and n experts of hidden width r, (B, N, d) -> (B, N, d).
+class MoAE(nn.Module):
+    """Mixture of adapter experts: a gate and n adapters of inner width r, (B, N, d) -> (B, N, d).
 
     residual: the x in Eq. (8), which the released experts lack.
     """
     beside_ffn = True
 
-    def __init__(self, width: int, hidden: int, experts: int = 8, k: int = 2, sigma: float | None = None,
+    def __init__(self, width: int, inner: int, experts: int = 8, k: int = 2, sigma: float | None = None,
                  residual: bool = True):
         super().__init__()
         self.residual = residual
         self.router = NoisyTopKGate(width, experts, k, sigma)
-        self.experts = nn.ModuleList(Mlp(width, hidden) for _ in range(experts))
+        self.experts = nn.ModuleList(Mlp(width, inner) for _ in range(experts))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.router(x)                                    # Eqs. (4) to (6), (B, N, k) each
@@ -380,12 +380,13 @@ class MoE(nn.Module):
         b1 = torch.cat([expert.fc1.bias for expert in self.experts])        # (n r)
         w2 = torch.cat([expert.fc2.weight for expert in self.experts], 1)   # (d, n r)
         b2 = torch.stack([expert.fc2.bias for expert in self.experts])      # (n, d)
-        # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2: the GELUs of all n; the rest, linear, follows below
-        inner = F.gelu(F.linear(x, w1, b1)).unflatten(-1, (len(b2), -1))    # (B, N, n, r)
-        gates = torch.zeros_like(inner[..., 0]).scatter(-1, chosen, weights.to(inner.dtype))  # G(x), (B, N, n)
-        # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x); Eq. (9) is the same with E_i = Adapter_i. The products are the sum
-        out = F.linear((gates[..., None] * inner).flatten(-2), w2) + gates @ b2  # sum_i G_i (W_2 GELU(...) + b_2)
-        return x + out if self.residual else out                            # sum_i G_i x = x, as the gates sum to 1
+        # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2. Here are the n GELUs; what is linear in them follows
+        gelu = F.gelu(F.linear(x, w1, b1)).unflatten(-1, (len(b2), -1))     # (B, N, n, r)
+        gates = torch.zeros_like(gelu[..., 0]).scatter(-1, chosen, weights.to(gelu.dtype))  # G(x), (B, N, n)
+        # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x), and Eq. (9) with E_i = Adapter_i, sorted by an adapter's summands:
+        # sum_i W_2i (G_i gelu_i), as one product, + sum_i G_i b_2i + sum_i G_i x, which is x, as the G_i sum to 1
+        out = F.linear((gates[..., None] * gelu).flatten(-2), w2) + gates @ b2
+        return x + out if self.residual else out
 
 
 class S4D(ViT):
@@ -407,10 +408,10 @@ class S4D(ViT):
         architecture = dict(size=size, image_classes=list(image_classes), video_classes=list(video_classes),
                             experts=experts, k=k, adapter_width=adapter_width, moae_layers=sorted(set(moae_layers)),
                             sigma=sigma, residual=residual, expert=expert)
-        layer = FFNMoE if expert == "ffn" else MoE
-        hidden = 4 * width if expert == "ffn" else adapter_width
-        check_architecture(hidden=hidden, **architecture)
-        super().__init__(SIZES[size], {i: layer(width, hidden, experts, k, sigma, residual)
+        layer = ViTMoE if expert == "ffn" else MoAE
+        inner = 4 * width if expert == "ffn" else adapter_width
+        check_architecture(inner=inner, **architecture)
+        super().__init__(SIZES[size], {i: layer(width, inner, experts, k, sigma, residual)
                                        for i in architecture["moae_layers"]})
         self.architecture = architecture
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
@@ -440,8 +441,8 @@ class S4D(ViT):
 # From here on what no equation needs: ViT-MoE, checks, checkpoints, tables. On a first reading skip to data.py.
 # ==================================================================================================================
 
-class FFNMoE(MoE):
-    """ViT-MoE's experts, full FFNs of hidden width 4 d that replace the layer's own: too large to compute them all."""
+class ViTMoE(MoAE):
+    """ViT-MoE's experts, full FFNs of inner width 4 d that replace the layer's own: too large to compute them all."""
     beside_ffn = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -462,14 +463,14 @@ class FFNMoE(MoE):
         return (weights[..., None].to(outputs.dtype) * outputs).sum(dim=-2)
 
 
-def check_architecture(size: str, experts: int, k: int, adapter_width: int, hidden: int, moae_layers: list[int],
+def check_architecture(size: str, experts: int, k: int, adapter_width: int, inner: int, moae_layers: list[int],
                        sigma: float | None, expert: str, **_) -> None:
-    """UserError for settings of S4D that make no model, or experts (of width `hidden`) that no memory holds."""
+    """UserError for settings of S4D that make no model, or experts (of width `inner`) that no memory holds."""
     if expert not in ("adapter", "ffn") or sigma is not None and not 0 <= sigma < float("inf"):
         raise UserError(f"expert = {expert}, sigma = {sigma}: expected adapter or ffn, and None or 0 or more")
     for name, value, first, last in (("experts", experts, 1, 1024), ("k", k, 1, experts),
                                      ("adapter_width", adapter_width, 1, 65536),
-                                     ("experts * width", experts * hidden, 1, 131072),
+                                     ("experts * width", experts * inner, 1, 131072),
                                      *(("moae_layers", i, 0, SIZES[size].depth - 1) for i in moae_layers)):
         if type(value) is not int or not first <= value <= last:
             raise UserError(f"{name} = {value}: expected {first} to {last}")

@@ -131,7 +131,7 @@ class ReconstructionLoss(nn.Module):
 
 # ------------------------------------------------------------------------------------------- the loop of both stages
 
-def train(process, args, folder, model, objective, optimizer, rate, schedule, data, end_of_epoch=dict) -> None:
+def train(process, args, folder, model, objective, optimizer, rate, schedule, data, end_of_epoch=lambda: {}) -> None:
     """Train `model` through `objective`, which maps (x uint8, labels, weight) to a scalar loss times the weight.
 
     `state` is all there is of a run beside weights and moments: nothing random is kept, as all of it follows from the
@@ -141,7 +141,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
     state = folder.load(model, optimizer) or dict(epoch=0, step=0, losses=[], best=None, left_out={})
     per_epoch = rate.steps // args.epochs
     schedule.start = state["epoch"], state["step"]
-    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))  # data[each micro-batch's numbers]
+    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))  # data[micro], in its order
     if args.compile:
         compile_layers(model, args.compile)
     ddp = DistributedDataParallel(objective) if process.world > 1 else objective
@@ -218,7 +218,7 @@ def decayed(named_parameters, weight_decay: float, scale=lambda name: 1.0) -> li
 
 
 # ==================================================================================================================
-# From here on what both stages share and no equation needs: steps' bookkeeping, settings, processes, a run's folder.
+# From here on what both stages share and no equation needs: bookkeeping, settings, processes, a run's folder. Skip it.
 # ==================================================================================================================
 
 def check(loss: float, norm: float, failed: float, problem: str, where: str, source: Source, micro) -> None:

@@ -53,7 +53,7 @@ import data  # noqa: E402  (needs the path above)
 from evaluate import heat_map, markdown, observe  # noqa: E402
 from faces import write_faces  # noqa: E402
 from finetune import JointLoss  # noqa: E402
-from model import MASK_RATIO, S4D, SIZES, MaskedAutoencoder, MoE, modality, random_mask  # noqa: E402
+from model import MASK_RATIO, S4D, SIZES, MaskedAutoencoder, MoAE, modality, random_mask  # noqa: E402
 from pretrain import Process, Rate, ReconstructionLoss, compile_layers, decayed, keep_freed_memory, train  # noqa: E402
 
 decord, transformers = (importlib.import_module(name) if importlib.util.find_spec(name) else None
@@ -268,7 +268,7 @@ def step_ratios(what: str, target: float, measured: dict) -> list[list]:
 
 # ---------------------------------------------------------------------------------------------------------- experts
 
-def plain_experts(module: MoE, x: torch.Tensor) -> torch.Tensor:
+def plain_experts(module: MoAE, x: torch.Tensor) -> torch.Tensor:
     """The same layer as the released one computes it, a loop over experts with a gather and a scatter each, but that
     there an expert has room for N k / n tokens and loses the others."""
     weights, chosen = (part.flatten(0, 1) for part in module.router(x))     # (B N, k) each
@@ -286,7 +286,7 @@ def benchmark_experts(rounds: int, device: str = "cpu") -> list[list]:
         keep_freed_memory()
     for batch, tokens, width, target in ((4, 800, 768, 1.5), (16, 144, 128, 4)):
         torch.set_num_threads(threads if width == 768 else 1)  # as training does
-        module = MoE(width, width // 4).to(device)
+        module = MoAE(width, width // 4).to(device)
         x = torch.randn(batch, tokens, width, device=device, requires_grad=True)
 
         def run(layer, precision: str, turn: int) -> None:

@@ -1,5 +1,5 @@
-"""Shared by all tests: the project on the import path, small synthetic data, and the real commands: by a new Python, by
-a process forked from this one, or in this process."""
+"""Shared by all tests: the project on the import path, small synthetic data, and the real commands, by a process forked
+from this one or in this process. endure.py's `start` runs them by a new Python and torchrun."""
 import contextlib
 import importlib
 import io
@@ -7,7 +7,6 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,31 +36,17 @@ def faces(tmp_path_factory) -> Path:
     return root
 
 
-def start_command(folder: Path, script: str, *arguments, processes: int = 1) -> subprocess.Popen:
-    """Start one of the project's scripts in a folder of its own; `processes` > 1 goes through torchrun."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, arguments)], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "100"})
-
-
-def run_command(folder: Path, script: str, *arguments, processes: int = 1, status: int = 0, start=start_command) -> str:
-    """Run a script to its end; returns what it printed, and fails if it ends with another exit status."""
-    return ended(start(folder, script, *arguments, processes=processes), status)
-
-
 def ended(process, status: int = 0) -> str:
-    """Wait for what start_command or Forked has started; returns what it printed."""
+    """Wait for what Forked has started; returns what it printed, and fails if it ends with another exit status."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == status, f"exit status {process.returncode}:\n{output}"
     return output
 
 
 class Forked:
-    """start_command without the five seconds that a new Python takes to import torch: the script's process is forked
-    from this one; `processes` > 1 meet as torchrun's do. Each leads a process group, and whatever is patched here is
-    patched there. Has what the tests need of subprocess.Popen."""
+    """One of the project's scripts, started in a folder of its own without the five seconds that a new Python takes to
+    import torch: its process is forked from this one; `processes` > 1 meet as torchrun's do. Each leads a process
+    group, and whatever is patched here is patched there. Has what the tests need of subprocess.Popen."""
 
     def __init__(self, folder: Path, script: str, *arguments, processes: int = 1):
         self.output, self.statuses = tempfile.TemporaryFile(), {}
@@ -129,6 +114,11 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL, group=True)
+
+
+def run_command(folder: Path, script: str, *arguments, processes: int = 1, status: int = 0) -> str:
+    """Run a script to its end in forked processes; returns what it printed."""
+    return ended(Forked(folder, script, *arguments, processes=processes), status)
 
 
 def exit_status(function) -> int:

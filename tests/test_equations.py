@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune import JointLoss  # noqa: E402
-from model import (FFNMoE, MASK_RATIO, MoE, S4D, Attention, Layer, MaskedAutoencoder, NoisyTopKGate,  # noqa: E402
+from model import (MASK_RATIO, S4D, Attention, Layer, MaskedAutoencoder, MoAE, NoisyTopKGate, ViTMoE,  # noqa: E402
                    PatchEmbed, SIZES, UserError, masked_tokens, patchify, random_mask, sincos_table)
 
 TINY = SIZES["tiny"]  # 48 x 48 pixels in 8 x 8 patches: 36 tokens per time slot, few enough for loops in Python
@@ -388,7 +388,7 @@ def test_an_expert_is_chosen_even_where_its_weight_underflows():
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("n, k, r", [(8, 2, 3), (4, 1, 5), (3, 3, 1), (1, 1, 2)])
 def test_expert_layer_equations_7_to_9(n, k, r, residual):
-    module = random_weights(MoE(12, r, n, k, residual=residual))
+    module = random_weights(MoAE(12, r, n, k, residual=residual))
     x = torch.randn(2, 7, 12, dtype=torch.float64)
     assert_same(module(x), [[moae(module, k, token, residual) for token in s] for s in x])
 
@@ -396,7 +396,7 @@ def test_expert_layer_equations_7_to_9(n, k, r, residual):
 @pytest.mark.parametrize("residual", [True, False])
 def test_expert_layer_has_the_gradients_of_the_plain_sum(monkeypatch, residual):
     """In training, so that the learned deviation of the noise has a gradient as well."""
-    module = random_weights(MoE(12, 3, 4, 2, residual=residual)).train().requires_grad_(True)
+    module = random_weights(MoAE(12, 3, 4, 2, residual=residual)).train().requires_grad_(True)
     x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
     assert_gradients_of_the_plain_sum(monkeypatch, module, x, residual)
 
@@ -404,7 +404,7 @@ def test_expert_layer_has_the_gradients_of_the_plain_sum(monkeypatch, residual):
 @pytest.mark.parametrize("tokens", [7, 2])  # of two tokens in all, some experts get none
 def test_ffn_experts_are_the_plain_sum_and_have_its_gradients(monkeypatch, tokens):
     """ViT-MoE; in float32, the most that torch's grouped product takes."""
-    module = random_weights(FFNMoE(16, 64, 6, 2))
+    module = random_weights(ViTMoE(16, 64, 6, 2))
     x = torch.randn(2, tokens, 16, dtype=torch.float64)
     expected = torch.stack([torch.stack([moae(module, 2, token, residual=False) for token in s]) for s in x])
     module.float()
@@ -428,7 +428,7 @@ def assert_gradients_of_the_plain_sum(monkeypatch, module, x, residual, **tolera
 
 @pytest.mark.parametrize("ffn", [False, True])
 def test_a_token_depends_on_its_own_experts_alone(ffn):
-    module, x = random_weights((FFNMoE if ffn else MoE)(16, 4, 4, 2)).float(), torch.randn(1, 20, 16)
+    module, x = random_weights((ViTMoE if ffn else MoAE)(16, 4, 4, 2)).float(), torch.randn(1, 20, 16)
     before, chosen = module(x)[0], module.router(x)[1][0]
     for number, expert in enumerate(module.experts):
         kept = {name: value.clone() for name, value in expert.state_dict().items()}
@@ -441,7 +441,7 @@ def test_a_token_depends_on_its_own_experts_alone(ffn):
 
 @pytest.mark.parametrize("ffn", [False, True])
 def test_experts_in_bf16_are_those_in_fp32_up_to_rounding(ffn):
-    module, results = (FFNMoE if ffn else MoE)(64, 32, 4).eval(), []
+    module, results = (ViTMoE if ffn else MoAE)(64, 32, 4).eval(), []
     x = torch.randn(2, 36, 64)
     for enabled in (False, True):
         module.zero_grad()
@@ -456,7 +456,7 @@ def test_experts_in_bf16_are_those_in_fp32_up_to_rounding(ffn):
 def test_a_layer_of_adapters_compiles_whole():
     """In training, where the gate keeps what it chose."""
     torch.manual_seed(1)
-    block, x = Layer(32, 2, MoE(32, 8, 4, sigma=0.0)).train(), torch.randn(2, 5, 32)
+    block, x = Layer(32, 2, MoAE(32, 8, 4, sigma=0.0)).train(), torch.randn(2, 5, 32)
     expected = block(x)
     chosen = block.moe_layer.router.latest[1]
     block.moe_layer.router.latest = None
@@ -469,7 +469,7 @@ def test_a_layer_of_adapters_compiles_whole():
 
 @pytest.mark.parametrize("experts", [True, False])
 def test_layer_equations_10_to_13(experts):
-    block = random_weights(Layer(128, 2, MoE(128, 6, 4, 2) if experts else None))
+    block = random_weights(Layer(128, 2, MoAE(128, 6, 4, 2) if experts else None))
     x = torch.randn(2, 5, 128, dtype=torch.float64) / 10  # small, so that the norms' 1e-6 shows
     assert_same(block(x), [layer(block, list(s)) for s in x])
 

@@ -74,8 +74,7 @@ def run(tmp_path_factory, faces):
 def whole(tmp_path_factory, run, faces):
     """Undisturbed runs of stage 1, three epochs long, by one process and by two."""
     folder = tmp_path_factory.mktemp("whole")
-    run_command(folder, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", folder / "2", processes=2,
-                start=Forked)
+    run_command(folder, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", folder / "2", processes=2)
     return {1: run / "pretrain.py", 2: folder / "2"}
 
 
@@ -90,7 +89,7 @@ def test_a_signal_ends_a_run_within_the_epoch_without_losing_a_step(whole, tmp_p
     assert "Traceback" not in ended(process, 128 + number)
     state = model.read_checkpoint(tmp_path / "stopped/last.pt")["state"]
     assert state["epoch"] == 1 and state["step"] > 0
-    run_command(tmp_path, *command, processes=processes, start=Forked)
+    run_command(tmp_path, *command, processes=processes)
     assert not differences(whole[processes], tmp_path / "stopped")
 
 
@@ -107,7 +106,7 @@ def test_torchrun_restarts_and_ends_a_run_that_goes_on_where_it_was(whole, tmp_p
     wait_for_a_step(process, tmp_path / "restarted")
     process.send_signal(signal.SIGTERM)
     finish(process, tmp_path, status=1)     # torchrun's own
-    assert "resumed from" in run_command(tmp_path, *command, processes=2, start=Forked)
+    assert "resumed from" in run_command(tmp_path, *command, processes=2)
     assert not differences(whole[2], tmp_path / "restarted")
 
 
@@ -176,7 +175,7 @@ def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "one")
     quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "one")
     text = run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
-                       processes=2, start=Forked)
+                       processes=2)
     assert "1 processes then, 2 now: the samples of every step, their crops, masks and noise stay the same" in text
     assert len(losses(tmp_path / "run")) == len(losses(run / "pretrain.py"))
     assert [loss for _, loss in losses(tmp_path / "run")] == pytest.approx(
@@ -241,7 +240,7 @@ def test_four_processes_do_what_one_does(tmp_path, faces):
     """Two micro-batches of clips and of images in a step: fewer than processes, and of different sizes."""
     command = [*STAGE_2, "--data-root", faces, "--epochs", 1, "--image-batch-size", 12, "--output"]
     quick(finetune, *command[1:], tmp_path / "1")
-    run_command(tmp_path, *command, tmp_path / "4", processes=4, start=Forked)
+    run_command(tmp_path, *command, tmp_path / "4", processes=4)
     one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
     assert [modality for modality, _ in one] == [modality for modality, _ in four]
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in four], rel=2e-3)
@@ -275,7 +274,7 @@ def test_a_process_that_fails_ends_all_with_its_own_message_first(tmp_path, face
     for clip in sorted((tmp_path / "synthetic/DFEW/clip_jpg_256").iterdir())[:20]:
         clip.write_bytes(b"")
     text = run_command(tmp_path, *STAGE_2, "--data-root", tmp_path, "--output", tmp_path / "run", processes=2,
-                       status=1, start=Forked)
+                       status=1)
     first = next(line for line in text.splitlines() if "error" in line.lower() or "Traceback" in line)
     assert "videos cannot be read, more than 1 %" in first
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import Forked, ended, run_command, run_here, start_command
+from conftest import Forked, ended, run_command, run_here
 
 import data
 import model
@@ -31,11 +31,11 @@ def runs(tmp_path_factory, faces):
     """Both stages by one process and by two, the second stage of each from the first stage's single-process result."""
     folder = tmp_path_factory.mktemp("runs")
     pre, fine = commands(folder, faces)
-    together = start_command(folder, *pre, "--output", folder / "pre2", processes=2)
-    printed = {"pretrain": run_command(folder, *pre, "--output", folder / "pre1", start=Forked)}
+    together = Forked(folder, *pre, "--output", folder / "pre2", processes=2)
+    printed = {"pretrain": run_command(folder, *pre, "--output", folder / "pre1")}
     ended(together)
     together = Forked(folder, *fine, "--output", folder / "fine2", processes=2)
-    printed["finetune"] = run_command(folder, *fine, "--output", folder / "fine1", start=Forked)
+    printed["finetune"] = run_command(folder, *fine, "--output", folder / "fine1")
     ended(together)
     return folder, printed
 
@@ -85,7 +85,7 @@ def test_compiled_layers_follow_the_losses_and_are_compiled_in_the_first_epoch_o
 def test_evaluation_by_two_processes_is_exactly_that_of_training_by_one(runs, faces):
     folder, _ = runs
     text = run_command(folder, "evaluate.py", "--checkpoint", folder / "fine1/last.pt", "--data-root", faces,
-                       "--workers", 1, "--output", folder / "evaluation", processes=2, start=Forked)
+                       "--workers", 1, "--output", folder / "evaluation", processes=2)
     assert "synthetic, fold 1: 7 test samples" in text and "synthetic-images: 14 test samples" in text
     report = json.loads((folder / "evaluation/evaluation.json").read_text())
     assert sum(map(sum, report["synthetic"]["confusion"])) == 7, "no sample may be counted twice"
