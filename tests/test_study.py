@@ -23,8 +23,8 @@ def world(tmp_path_factory) -> study.World:
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(study, "STEPS", {"pretrain": 6, "finetune": 5})
-    monkeypatch.setattr(study, "CLIP_STEPS", {"pretrain": 2, "finetune": 4})
+    steps = {"pretrain": {"video": 2, "image": 4}, "finetune": {"video": 4, "image": 1}}
+    monkeypatch.setattr(study, "STEPS", steps)
     monkeypatch.setattr(study, "EPOCHS", {"pretrain": 1, "finetune": 1})
 
 
@@ -58,7 +58,9 @@ def test_a_world_in_memory_gives_the_same_batches(world):
         micro = MicroBatch(m, 0, 0, 0, np.array([3, 1, 3]), 1.0, True, seed=5)
         plain = TrainingData(sources, stage, SIZES["tiny"], "light")[micro]
         for _ in range(2):
-            kept = study.InMemory(world.memory[stage], sources, stage, SIZES["tiny"], "light")[micro]
+            data = study.InMemory(sources, stage, SIZES["tiny"], "light")
+            data.memory = world.memory[stage]
+            kept = data[micro]
             assert (kept[1] == plain[1]).all() and (kept[2] == plain[2]).all()
 
 
@@ -73,25 +75,30 @@ def test_labels_that_disagree_are_those_that_the_option_writes(world, tmp_path):
     write_faces(tmp_path / "synthetic", 7, scale=0.05, test_people=3, follow="person")
     for split in ("train", "test"):
         samples = study.load_samples("synthetic-images", tmp_path, split)
-        assert (samples.labels == world.images(split, disagree=True).labels).all()
-        assert (samples.names == world.images(split, disagree=False).names).all()
-        assert (samples.labels != world.images(split, disagree=False).labels).any()
+        agreeing, disagreeing = world.samples["image", split], world.samples["disagree", split]
+        assert (samples.labels == disagreeing.labels).all() and (samples.labels != agreeing.labels).any()
+        assert (samples.names == agreeing.names).all() and (samples.names == disagreeing.names).all()
 
 
-def test_what_is_finished_is_not_run_again(world, small, tmp_path):
-    results = tmp_path / "world.jsonl"
-    world.run(["none", "clips-4"], results)
-    lines = results.read_text().splitlines()
+def test_what_is_finished_is_not_run_again(world, small, tmp_path, monkeypatch):
+    results, made = tmp_path / "world-7.jsonl", []
+
+    def run(*rows):
+        args = study.settings().parse_args(["--worlds", "7", "--rows", *rows, "--output", str(tmp_path)])
+        study.run_worlds(0, 1, args)
+        return results.read_text().splitlines()
+
+    monkeypatch.setattr(study, "World", lambda *given: made.append(given) or world)
+    monkeypatch.setattr(world, "folder", tmp_path / "world-7")
+    (tmp_path / "world-7").mkdir()
+    lines = run("none", "clips-4")
     assert [json.loads(line)["row"] for line in lines] == ["none", "clips-4"]
     assert 0 <= json.loads(lines[1])["uar"]["video"] <= 1 and "image" not in json.loads(lines[1])["uar"]
-    world.run(["none", "clips-4", "image"], results)
-    again = results.read_text().splitlines()
+    assert run("none", "clips-4") == lines and made == [(7, tmp_path / "world-7", 1)]
+    again = run("none", "clips-4", "image")
     assert again[:2] == lines and json.loads(again[2])["row"] == "image"
     results.write_text(lines[1] + "\n")
-    world.run(["none"], results)            # the same numbers once more
-    assert json.loads(results.read_text().splitlines()[1])["uar"] == json.loads(lines[0])["uar"]
-    with mock.patch.object(world, "longer", 2), pytest.raises(study.UserError, match="world.jsonl holds runs with"):
-        world.run(["sigma"], results)
+    assert json.loads(run("none")[1])["uar"] == json.loads(lines[0])["uar"], "the same numbers once more"
 
 
 def test_intervals_are_paired_and_open_where_they_hold_zero():
