@@ -63,27 +63,27 @@ def test_a_second_signal_does_not_wait_for_the_end_of_the_step(tmp_path, faces, 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, faces):
-    """A finished run of stage 1 and one of stage 2, three and two epochs long."""
+    """A finished run of stage 1 and one of stage 2, two epochs long each."""
     folder = tmp_path_factory.mktemp("run")
-    for script, command, length in ((pretrain, STAGE_1, 3), (finetune, STAGE_2, 2)):
-        quick(script, *command[1:], "--data-root", faces, "--epochs", length, "--output", folder / command[0])
+    for script, command in ((pretrain, STAGE_1), (finetune, STAGE_2)):
+        quick(script, *command[1:], "--data-root", faces, "--epochs", 2, "--output", folder / command[0])
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, run, faces):
-    """Undisturbed runs of stage 1, three epochs long, by one process and by two."""
+    """Undisturbed runs of stage 1, two epochs long, by one process and by two."""
     folder = tmp_path_factory.mktemp("whole")
-    run_command(folder, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", folder / "2", processes=2)
+    run_command(folder, *STAGE_1, "--data-root", faces, "--epochs", 2, "--output", folder / "2", processes=2)
     return {1: run / "pretrain.py", 2: folder / "2"}
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_ends_a_run_within_the_epoch_without_losing_a_step(whole, tmp_path, faces, number, processes):
     """With a checkpoint per epoch, so that the signal itself must have saved what came after."""
-    command = [*STAGE_1, "--data-root", faces, "--epochs", 3, "--output", tmp_path / "stopped"]
+    command = [*STAGE_1, "--data-root", faces, "--epochs", 2, "--output", tmp_path / "stopped"]
     process = Forked(tmp_path, *command, processes=processes)
-    while not re.search(r"epoch 2/3:.*\| [1-5]/11 ", process.text()) and process.poll() is None:
+    while not re.search(r"epoch 2/2:.*\| [1-5]/11 ", process.text()) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number, group=processes == 1)
     assert "Traceback" not in ended(process, 128 + number)
@@ -94,7 +94,7 @@ def test_a_signal_ends_a_run_within_the_epoch_without_losing_a_step(whole, tmp_p
 
 
 def test_torchrun_restarts_and_ends_a_run_that_goes_on_where_it_was(whole, tmp_path, faces):
-    command = [*STAGE_1, "--data-root", faces, "--epochs", 3, "--save-minutes", 0, "--output", tmp_path / "restarted"]
+    command = [*STAGE_1, "--data-root", faces, "--epochs", 2, "--save-minutes", 0, "--output", tmp_path / "restarted"]
     process = start(tmp_path, *command, processes=2, restarts=1)
     wait_for_a_step(process, tmp_path / "restarted")
     of_rank_one = [pid for pid in processes_of(tmp_path / "restarted")
@@ -146,13 +146,13 @@ def test_a_checkpoint_says_where_it_comes_from(run, faces):
 ])
 def test_other_settings_are_refused(run, faces, more, message):
     with pytest.raises(UserError, match=message):
-        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output",
+        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output",
               run / "pretrain.py", *more)
 
 
 def test_settings_that_change_no_number_may_change(run, faces, capsys):
     """What is given as it is by default, other loading, another time between checkpoints."""
-    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", run / "pretrain.py", "--workers", 0,
+    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", run / "pretrain.py", "--workers", 0,
           "--image-dataset", "synthetic-images", "--dataset", "synthetic-unlabelled", "--size", "tiny",
           "--save-minutes", 3)
     assert "resumed from" in capsys.readouterr().out
@@ -171,10 +171,10 @@ def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(run, faces, 
 
 
 def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
-    copy(run, tmp_path / "run", epoch=2)
+    copy(run, tmp_path / "run", epoch=1)
     shutil.copytree(tmp_path / "run", tmp_path / "one")
-    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "one")
-    text = run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
+    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", tmp_path / "one")
+    text = run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 2, "--output", tmp_path / "run",
                        processes=2)
     assert "1 processes then, 2 now: the samples of every step, their crops, masks and noise stay the same" in text
     assert len(losses(tmp_path / "run")) == len(losses(run / "pretrain.py"))
@@ -183,20 +183,20 @@ def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_said_and_stays(run, faces, tmp_path):
-    folder = copy(run, tmp_path / "run", epoch=2)
+    folder = copy(run, tmp_path / "run", epoch=1)
     whole = (folder / "last.pt").read_bytes()
     changed = bytearray(whole)
     changed[len(whole) // 2] ^= 1           # one wrong bit in a weight
     for damaged, said in ((changed, ".*the checksum of its part"), (whole[:1000], "cannot be read as a")):
         (folder / "last.pt").write_bytes(damaged)
         with pytest.raises(UserError, match=f"{folder}/last.pt {said}"):
-            quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder)
+            quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", folder)
         assert (folder / "last.pt").read_bytes() == damaged
 
 
 def test_what_is_no_run_to_continue_is_said_in_a_line(run, faces, tmp_path):
-    command = [*STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output"]
-    folder = copy(run, tmp_path / "bare", epoch=2)
+    command = [*STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output"]
+    folder = copy(run, tmp_path / "bare", epoch=1)
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
     del checkpoint["optimizer"]
     torch.save(checkpoint, folder / "last.pt")
@@ -219,18 +219,18 @@ def test_a_folder_that_holds_part_of_a_run_is_not_written_over(run, faces, tmp_p
 
 
 def test_a_lost_log_is_begun_anew(run, faces, tmp_path):
-    folder = copy(run, tmp_path / "run", epoch=2)
+    folder = copy(run, tmp_path / "run", epoch=1)
     (folder / "log.jsonl").unlink()
-    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder)
-    assert [record["epoch"] for record in epochs(folder)] == [3]
+    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", folder)
+    assert [record["epoch"] for record in epochs(folder)] == [2]
 
 
 def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(run, faces, tmp_path):
-    folder = copy(run, tmp_path / "run", epoch=2)
+    folder = copy(run, tmp_path / "run", epoch=1)
     before = (folder / "last.pt").read_bytes()
     (folder / "last.pt.part").symlink_to("/dev/full")  # every write to it fails as on a full disk
     with pytest.raises(UserError, match="last.pt cannot be written: .*No space left"):
-        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 3, "--output", folder)
+        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", folder)
     assert (folder / "last.pt").read_bytes() == before and not list(folder.glob("*.part"))
 
 
