@@ -18,7 +18,6 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +119,6 @@ class Observed:
     probabilities: dict[str, np.ndarray]    # of each head, (n, C) float64: the samples' own, and the other's (Table IX)
     features: np.ndarray                    # (n, d) float64: the representation before the heads
     activation: np.ndarray                  # (L, E): tokens that each expert received
-    paths: Counter                          # a token's strongest expert in each layer (L,): number of tokens
 
 
 def forward(model: S4D, x: torch.Tensor, process: Process) -> dict[str, torch.Tensor]:
@@ -145,26 +143,24 @@ def observe(model: S4D, data: TestData, process: Process, workers: int, batch: i
     widths = [model.size.width, *(head.out_features for head in model.head.values())]
     rows = torch.zeros(n, sum(widths), dtype=torch.float64)
     activation = torch.zeros(len(layers), experts, dtype=torch.float64, device=process.device)
-    paths, gates = Counter(), []
+    gates = []
     hooks = [model.blocks[i].moe_layer.router.register_forward_hook(
-        lambda module, inputs, output: gates.append(output[1].flatten(0, -2))) for i in layers]
+        lambda module, inputs, output: gates.append(output[1].flatten())) for i in layers]
     chunks = [list(range(i, min(i + batch, n))) for i in range(0, n, batch)][process.rank::process.world]
     for index, views, _ in tqdm(loader(data, workers, batch_sampler=chunks), f"evaluating {data.samples.name}",
                                 leave=False, disable=not process.main):
         gates.clear()
         row = torch.cat(list(forward(model, views.flatten(0, 1), process).values()), 1)     # (B v, d + C ...)
-        rows[index] = row.unflatten(0, views.shape[:2]).mean(1).cpu()  # a GPU is waited for here, and for `paths`
+        rows[index] = row.unflatten(0, views.shape[:2]).mean(1).cpu()  # here a GPU is waited for
         if gates:
-            chosen = torch.stack(gates)                                     # (L, B v N, k), the strongest first
-            activation.scatter_add_(1, chosen.flatten(1), torch.ones_like(chosen.flatten(1), dtype=torch.float64))
-            paths.update(zip(*chosen[:, :, 0].tolist()))
+            chosen = torch.stack(gates)                                     # (L, B v N k)
+            activation.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
     for hook in hooks:
         hook.remove()
     if process.world > 1:                   # every sample's row is zero in all processes but one
         rows, activation = process.sum(process.upload(rows)).cpu(), process.sum(activation)
-        paths = sum(process.gather(paths), Counter())
     features, *heads = np.split(rows.numpy(), np.cumsum(widths)[:-1], axis=1)
-    return Observed(dict(zip(model.head, heads)), features, activation.cpu().numpy(), paths)
+    return Observed(dict(zip(model.head, heads)), features, activation.cpu().numpy())
 
 
 def evaluate(model: S4D, samples: Samples, process: Process, workers: int, batch: int = 16) -> tuple[dict, Observed]:
@@ -379,23 +375,19 @@ def class_centres(features: np.ndarray, labels: np.ndarray, classes: int) -> tor
 
 def report_tasks(report: Report, model: S4D, tested: dict, seen: dict[str, Observed], prefix: str) -> None:
     """Each head on the other's data, which experts both data sets use, and their class centres."""
-    heads, experts, paths = [], [], []
+    heads, experts = [], []
     for m, samples in tested.items():
-        other, name, counts = "image" if m == "video" else "video", brief(samples), seen[m].paths
+        other, name = "image" if m == "video" else "video", brief(samples)
         if scores := cross_task(samples, seen[m].probabilities.get(other), model.architecture[f"{other}_classes"]):
             report.results[prefix + samples.name][f"{other}_head"] = scores
             heads.append([f"{other} head on {name}", scores["uar"], scores["war"], scores["samples"]])
         experts += [[f"{name}, layer {layer}", *gate["share"]]
                     for layer, gate in gate_statistics(model, seen[m].activation).items()]
-        paths += [[f"{name}, {'-'.join(map(str, way))}", count / counts.total()]
-                  for way, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]]
     report.table(f"{prefix}heads", "Table IX: each head on the other task's data, among the classes that both have",
                  ["", "UAR", "WAR", "samples"], heads)
     report.table(f"{prefix}experts", "Fig. 5: share of a layer's assignments that each expert receives, counted "
                  "from 0, as layers are in the checkpoint",
                  ["", *map(str, range(model.architecture["experts"]))], experts, high=1 / model.architecture["k"])
-    report.table(f"{prefix}paths", "Most frequent paths: a token's strongest expert in each of these layers",
-                 ["", "share of the tokens"], paths)
     if len(tested) == 2:
         clips, images = tested["video"], tested["image"]
         order = shared_classes(clips.classes, images.classes)[1]            # so that the same classes are a diagonal
