@@ -446,19 +446,16 @@ def voxceleb2(root: Path, split: str, fold: int, stride: int = 4) -> Found:
 
 def list_videos(media: Path) -> list[bytes]:
     """VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted. UserError if there are none, OSError for an unreadable folder."""
-    def fail(error: OSError):
-        raise error
+    def folders(path: Path) -> list[str]:
+        return [name for name in os.listdir(path) if os.path.isdir(path / name)]
 
-    names, walk = [], os.walk(media, onerror=fail, followlinks=True)
-    for folder, folders, files in tqdm(walk, f"listing {media}", unit=" folders"):
-        place = os.path.relpath(folder, media)
-        if "/" in place:                    # videos lie no deeper, and links may lead round and round
-            folders.clear()
-        if re.fullmatch("id[^/]*/[^/]+", place):
-            names += [os.fsencode(f"{place}/{file}") for file in files if file.endswith(".mp4")]
+    files = (f"{person}/{video}/{file}" for person in folders(media) if person.startswith("id")
+             for video in folders(media / person) for file in os.listdir(media / person / video)
+             if file.endswith(".mp4"))
+    names = sorted(map(os.fsencode, tqdm(files, f"listing {media}", unit=" videos")))
     if not names:
         raise UserError(f"{media} holds no file id*/*/*.mp4")
-    return sorted(names)
+    return names
 
 
 def own_data(root: Path, split: str, fold: int, files: tuple[Path, ...]) -> Found:

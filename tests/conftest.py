@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -21,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from faces import write_faces  # noqa: E402  (needs the path above)
 from pretrain import guarded  # noqa: E402
 
 torch.set_num_threads(1)                    # as the scripts do for size tiny, whose products are too small to share
+tqdm.set_lock(threading.RLock())            # its own is shared by forked processes, of which a killed one may hold it
 
 
 @pytest.fixture(scope="session")

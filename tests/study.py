@@ -156,8 +156,8 @@ class World:
 
     def run(self, name: str) -> None:
         """A row, with a line in the file beside the world's folder when it is finished."""
-        began = time.time()
-        line = dict(row=name, uar=self.stage_2(ROWS[name]), seconds=round(time.time() - began))
+        began = time.process_time()
+        line = dict(row=name, uar=self.stage_2(ROWS[name]), seconds=round(time.process_time() - began))
         with open(f"{self.folder}.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{self.folder.name}: {line}", flush=True)
