@@ -205,7 +205,7 @@ class MicroBatch:
     index: np.ndarray                       # sample numbers
     weight: float                           # share of the step's samples; 0 for a process that has none to compute
     last: bool                              # the process's last of this step
-    seed: int                               # of masks, mixing and gate noise
+    seed: int                               # of frames, crops, masks, mixing and gate noise
 
 
 def draw_seed(*entropy: int) -> int:
@@ -277,7 +277,7 @@ class TrainingData(torch.utils.data.Dataset):
             micro = replace(micro, weight=0.0)
         x = torch.empty(len(views), *views[0].shape, dtype=torch.uint8)
         if torch.utils.data.get_worker_info():
-            x.share_memory_()               # in a loading process, here already: too little of it is an error here only
+            x.share_memory_()               # now: too little of it is an error here, later it would be none
         return micro, torch.stack(views, out=x), torch.tensor(labels), errors
 
     def read(self, samples: Samples, modality: str, index: int) -> torch.Tensor:
@@ -447,7 +447,7 @@ def voxceleb2(root: Path, split: str, fold: int, stride: int = 4) -> Found:
 def list_videos(media: Path) -> list[bytes]:
     """VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted. UserError if there are none, OSError for an unreadable folder."""
     def folders(path: Path) -> list[str]:
-        return [name for name in os.listdir(path) if os.path.isdir(path / name)]
+        return [entry.name for entry in os.scandir(path) if entry.is_dir()]
 
     files = (f"{person}/{video}/{file}" for person in folders(media) if person.startswith("id")
              for video in folders(media / person) for file in os.listdir(media / person / video)

@@ -352,10 +352,10 @@ class NoisyTopKGate(nn.Module):
             sigma = self.sigma if self.noise_linear is None else F.softplus(at_least_fp32(self.noise_linear(x)))
             # Eq. (5): H(x) = x W_g + epsilon, of standard deviation sigma
             noisy = logits + sigma * torch.randn_like(logits)
+        # Eq. (6): G(x) = Softmax(Top-K(H(x), k)), which is 0 for all others
         top, chosen = noisy.topk(self.k, dim=-1)                            # (..., k) each
         if self.training:
             self.latest = logits, chosen
-        # Eq. (6): G(x) = Softmax(Top-K(H(x), k)), which is 0 for all others
         return top.softmax(dim=-1), chosen
 
 
@@ -383,7 +383,7 @@ class MoAE(nn.Module):
         # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2. Here are the n GELUs; what is linear in them follows
         gelu = F.gelu(F.linear(x, w1, b1)).unflatten(-1, (len(b2), -1))     # (B, N, n, r)
         gates = torch.zeros_like(gelu[..., 0]).scatter(-1, chosen, weights.to(gelu.dtype))  # G(x), (B, N, n)
-        # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x), and Eq. (9) with E_i = Adapter_i, sorted by an adapter's summands:
+        # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x), and Eq. (9) with E_i = Adapter_i, a sum for each term of an adapter:
         # sum_i W_2i (G_i gelu_i), as one product, + sum_i G_i b_2i + sum_i G_i x, which is x, as the G_i sum to 1
         out = F.linear((gates[..., None] * gelu).flatten(-2), w2) + gates @ b2
         return x + out if self.residual else out
@@ -610,7 +610,7 @@ def rebuild(checkpoint: dict, path) -> MaskedAutoencoder | S4D:
     """load_checkpoint of a file that has been read."""
     try:
         module = MODULES[checkpoint["stage"]](**checkpoint["architecture"])
-    except (UserError, LookupError, TypeError, ValueError) as error:
+    except (UserError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes no model: {error}") from error
     load_weights(module, checkpoint["model"], path)
     return module

@@ -141,7 +141,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
     state = folder.load(model, optimizer) or dict(epoch=0, step=0, losses=[], best=None, left_out={})
     per_epoch = rate.steps // args.epochs
     schedule.start = state["epoch"], state["step"]
-    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))  # data[micro], in its order
+    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))  # data[micro] for its micros
     if args.compile:
         compile_layers(model, args.compile)
     ddp = DistributedDataParallel(objective) if process.world > 1 else objective

@@ -3,8 +3,8 @@
     python tests/study.py       run what is missing, then print the result and draw its picture
 
 A world is a replicate: its seed draws its own people, faces and clips (tests/faces.py), the weights and the batches, so
-that nothing overlaps and a plain paired t interval over the worlds is right. All rows take the same number of steps, as
-fewer samples come more often, and are tested on 100 unseen people. What is finished is not run again.
+that nothing overlaps and a plain paired t interval over the worlds is right. All rows take the same number of steps:
+fewer samples come more often. They are tested on 100 unseen people. What is finished is not run again.
 """
 import argparse
 import json
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import Mock
 
-import numpy as np
-import torch
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}  # a core per world; their bars would mix
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 import faces  # noqa: E402  (needs the path above)
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
@@ -52,6 +51,7 @@ ROWS = {
     "video": Row("stage 1 on clips", start="video"),
     **{f"joint-{n}": Row(f"joint, {n} people", people=n) for n in (4, 8, 16)},
     **{f"clips-{n}": Row(f"clips only, {n} people", people=n, images="") for n in (4, 8, 16, PEOPLE)},
+    "clips-heads": Row("clips only, no experts", images="", flags="--moae-layers none"),
     "heads": Row("two heads, no experts", flags="--moae-layers none"),
     "ffn": Row("FFN experts", flags="--expert ffn"),
     "disagree-heads": Row("tasks disagree: two heads, no experts", flags="--moae-layers none", images="disagree"),
@@ -62,10 +62,11 @@ ROWS = {
     "residual": Row("no residual in Eq. (8)", flags="--no-residual"),
 }
 HEADLINES = (  # the differences that the study is made to decide, on clips: (what, row, minus row)
-    ("stage 1 on both - none", "s4d", "none"), ("stage 1 on both - on clips", "s4d", "video"),
-    ("joint - clips only, 4 people", "joint-4", "clips-4"), ("joint - clips only, 64 people", "s4d", "clips-64"),
+    ("stage 1 on both - none", "s4d", "none"), ("stage 1 on images - none", "image", "none"),
+    ("stage 1 on both - on clips", "s4d", "video"), ("joint - clips only, 4 people", "joint-4", "clips-4"),
+    ("joint - clips only, 64 people", "s4d", "clips-64"), ("tasks agree: MoAE - two heads", "s4d", "heads"),
     ("tasks disagree: MoAE - two heads", "disagree", "disagree-heads"),
-    ("tasks disagree: two heads - clips only", "disagree-heads", "clips-64"))
+    ("tasks disagree: two heads - clips only, no experts", "disagree-heads", "clips-heads"))
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
 
 
@@ -174,7 +175,7 @@ def finished(folder: Path) -> dict[str, dict]:
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % t interval, in points."""
     n = len(values)
-    half = T_975[n - 2] * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    half = T_975[min(n, 10) - 2] * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.inf
     return 100 * float(np.mean(values)) if values else math.nan, 100 * float(half)
 
 
@@ -216,9 +217,8 @@ def settings() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--worlds", type=int, nargs="+", default=list(range(10)), help="seeds (0 to 9; not counted: 100...)")
     p.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="of the table (all)")
-    p.add_argument("--output", type=Path, default=Path("runs/study"), help="what is drawn and finished (runs/study)")
+    p.add_argument("--output", type=Path, default=Path("runs/study"), help="folder for all of it (runs/study)")
     p.add_argument("--longer", type=int, default=1, help="times the epochs: do scores still rise? (1)")
-    p.add_argument("--picture", type=Path, default=ROOT / "tests/pictures/study.png")
     p.add_argument("--report", action="store_true", help="run nothing")
     return p
 
@@ -243,7 +243,7 @@ def main() -> None:
     worlds = [finished(args.output / f"world-{seed}") for seed in args.worlds]
     print(report(worlds))
     if all(set(ROWS) <= world.keys() for world in worlds):
-        picture(worlds, args.picture)
+        picture(worlds, args.output / "study.png")
 
 
 if __name__ == "__main__":

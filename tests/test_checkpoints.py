@@ -143,7 +143,7 @@ def test_unreadable_files_are_refused_by_name(tmp_path, stage1):
     dict(k=-1), dict(k=9), dict(k=1.5), dict(experts=1024, adapter_width=65536), dict(experts=1024, expert="ffn"),
     dict(sigma=math.nan), dict(sigma=-1.0), dict(sigma="much"), dict(moae_layers=[4]), dict(moae_layers=["1"]),
     dict(moae_layers=3), dict(expert="head"), dict(size="huge"), dict(size=[]), dict(colour=1),
-    dict(image_classes=3)])
+    dict(image_classes=3), dict(image_classes=torch.zeros(2)), dict(sigma=torch.zeros(2))])
 def test_descriptions_that_make_no_model_are_refused(change):
     module = S4D("tiny", CLASSES)
     checkpoint = dict(stage="finetune", architecture=module.architecture | change, model=module.state_dict())

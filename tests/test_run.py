@@ -1,5 +1,5 @@
-"""The real commands: both stages and the evaluation, as a user runs them, alone and as two processes, and what they say
-when something is wrong."""
+"""The real commands: both stages and the evaluation, in forked processes, alone and as two, and what they say when
+something is wrong."""
 import json
 import shutil
 
@@ -19,7 +19,7 @@ def losses(folder) -> list:
     return [tuple(step) for epoch in epochs for step in epoch["losses"]]
 
 
-def assert_same_losses(one, two, steps=20):
+def assert_same_losses(one, two, steps):
     assert [modality for modality, _ in one] == [modality for modality, _ in two]
     assert {modality for modality, _ in one} == {"image", "video"}
     assert len(one) >= steps
@@ -72,12 +72,14 @@ def test_compiled_layers_follow_the_losses_and_are_compiled_in_the_first_epoch_o
         compile_module(module, **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_and_say)
-    _, command = commands(folder, faces)    # of stage 2, whose layers are stage 1's and those with experts
-    output = run_command(folder, *command, "--compile", "aot_eager", "--output", folder / "compiled")
-    first, later = output.split("finetune epoch 2/", 1)
-    assert "Recompiling function" in first, "the two kinds of batch have different shapes"
-    assert "Recompiling function" not in later and "recompile_limit" not in output
-    assert_same_losses(losses(folder / "compiled"), losses(folder / "fine1"), 12)
+    started = [Forked(folder, *command, "--compile", "aot_eager", "--output", folder / f"compiled-{command[0]}")
+               for command in commands(folder, faces)]
+    for process, stage, plain, steps in zip(started, ("pretrain", "finetune"), ("pre1", "fine1"), (20, 12)):
+        output = ended(process)
+        first, later = output.split(f"{stage} epoch 2/", 1)
+        assert "Recompiling function" in first, "the two kinds of batch have different shapes"
+        assert "Recompiling function" not in later and "recompile_limit" not in output
+        assert_same_losses(losses(folder / f"compiled-{stage}.py"), losses(folder / plain), steps)
 
 
 def test_evaluation_by_two_processes_is_exactly_that_of_training_by_one(runs, faces):

@@ -118,9 +118,8 @@ def test_the_command_reports_and_draws(tmp_path, capsys):
     for seed in (0, 1):
         lines = [dict(row=name, uar={"video": 0.5 + 0.1 * seed, "image": 0.7}, seconds=1800) for name in study.ROWS]
         (tmp_path / f"world-{seed}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    with mock.patch("sys.argv", ["study.py", "--report", "--worlds", "0", "1", "--output", str(tmp_path), "--picture",
-                                 str(tmp_path / "curve.png")]):
+    with mock.patch("sys.argv", ["study.py", "--report", "--worlds", "0", "1", "--output", str(tmp_path)]):
         study.main()
     printed = capsys.readouterr().out
     assert "55.0 ± 63.5" in printed and f"{2 * len(study.ROWS)} runs in 2 worlds" in printed
-    assert Path(tmp_path, "curve.png").stat().st_size > 1000
+    assert Path(tmp_path, "study.png").stat().st_size > 1000
