@@ -2,6 +2,8 @@
 something is wrong."""
 import json
 import shutil
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +26,13 @@ def assert_same_losses(one, two, steps):
     assert {modality for modality, _ in one} == {"image", "video"}
     assert len(one) >= steps
     assert [loss for _, loss in one[:steps]] == pytest.approx([loss for _, loss in two[:steps]], rel=2e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_layers():
+    """Half as many layers, here and in forked processes: what is tested is the commands, not the model."""
+    with mock.patch.dict(model.SIZES, tiny=replace(model.SIZES["tiny"], depth=2, decoder_depth=1)):
+        yield
 
 
 @pytest.fixture(scope="module")
