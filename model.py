@@ -322,8 +322,8 @@ def normalised_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # Wanted is (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1]. `values` are pixels / std + constant, of
-    # which this normalisation leaves nothing; their variance is the pixels' / std^2, so 1e-6 is divided by std^2 too
+    # Wanted is (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1]. `values` are pixels / std + constant, which
+    # makes no difference if the 1e-6 is divided by std^2, as their variance is
     deviation = (variance + 1e-6 / channel_values(IMAGE_STD, values.device).square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
 
