@@ -114,12 +114,14 @@ def curves(title: str, below: str, x: tuple, lines: dict[str, list[tuple[float, 
         draw.text((place, bottom + 14), str(value), "black", FONT, anchor="mm")
     draw.text((left + 310, bottom + 44), below, "black", FONT, anchor="mm")
     draw.text((left, 12), title, "black", FONT, anchor="lm")
-    for (label, points), colour in zip(lines.items(), colours):
+    for (label, points), colour, (anchor, gap) in zip(lines.items(), colours, (("rb", -14), ("lt", 14))):
         upper, middle, lower = ([(place, bottom - 4 * (mean + side * half - 20))
                                  for place, (mean, half) in zip(places, points)] for side in (1, 0, -1))
         draw.polygon(upper + lower[::-1], (*colour, 60))
         draw.line(middle, colour, 3)
-        draw.text((middle[0][0] + 6, middle[0][1] - 12), label, colour, FONT, anchor="lb")
+        for at, y in middle:
+            draw.ellipse((at - 4, y - 4, at + 4, y + 4), colour)
+        draw.text((middle[2][0], middle[2][1] + gap), label, colour, FONT, anchor=anchor)
     return image
 
 

@@ -208,7 +208,7 @@ def report(worlds: list[dict]) -> str:
 def picture(worlds: list[dict], path: Path) -> None:
     """UAR on clips over labelled people, joint and on clips only, with 95 % bands."""
     people, joint = (4, 8, 16, PEOPLE), ["joint-4", "joint-8", "joint-16", "s4d"]
-    curves("UAR on clips of unseen people, %", "people whose clips are labelled (7 each)", people,
+    curves("UAR on clips of unseen people, %, with 95 % bands", "people whose clips are labelled (7 each)", people,
            {"photographs too (joint)": [interval(scores(worlds, name)) for name in joint],
             "clips only": [interval(scores(worlds, f"clips-{n}")) for n in people]}).save(path)
 
