@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import study
 from faces import write_faces
+from readme import ROOT
 
 from data import MicroBatch, Source, TrainingData
 from model import SIZES
@@ -123,3 +124,12 @@ def test_the_command_reports_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "55.0 ± 63.5" in printed and f"{2 * len(study.ROWS)} runs in 2 worlds" in printed
     assert Path(tmp_path, "study.png").stat().st_size > 1000
+
+
+def test_the_page_holds_what_the_command_on_it_prints_of_the_rows_beside_it(capsys, monkeypatch):
+    page = (ROOT / "tests/study.md").read_text()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["study.py", *re.search(r"`python tests/study.py (--report [^`]+)`", page)[1].split()])
+    monkeypatch.setattr(study, "picture", lambda worlds, path: None)  # it is there already
+    study.main()
+    assert capsys.readouterr().out.strip() in page
