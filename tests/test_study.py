@@ -128,8 +128,9 @@ def test_the_command_reports_and_draws(tmp_path, capsys):
 
 def test_the_page_holds_what_the_command_on_it_prints_of_the_rows_beside_it(capsys, monkeypatch):
     page = (ROOT / "tests/study.md").read_text()
+    command = re.search(r"`python tests/(study.py --report [^`]+)`", page)[1]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["study.py", *re.search(r"`python tests/study.py (--report [^`]+)`", page)[1].split()])
+    monkeypatch.setattr("sys.argv", command.split())
     monkeypatch.setattr(study, "picture", lambda worlds, path: None)  # it is there already
     study.main()
     assert capsys.readouterr().out.strip() in page
