@@ -66,7 +66,8 @@ HEADLINES = (  # the differences that the study is made to decide, on clips: (wh
     ("stage 1 on both - on clips", "s4d", "video"), ("joint - clips only, 4 people", "joint-4", "clips-4"),
     ("joint - clips only, 64 people", "s4d", "clips-64"), ("tasks agree: MoAE - two heads", "s4d", "heads"),
     ("tasks disagree: MoAE - two heads", "disagree", "disagree-heads"),
-    ("tasks disagree: two heads - clips only, no experts", "disagree-heads", "clips-heads"))
+    ("tasks disagree: two heads - clips only, no experts", "disagree-heads", "clips-heads"),
+    ("tasks disagree: MoAE - clips only, MoAE", "disagree", "clips-64"))
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
 
 
@@ -191,14 +192,13 @@ def written(values: list[float], sign: str = "") -> str:
 
 def report(worlds: list[dict]) -> str:
     """Both tables, in Markdown."""
-    headlines, rows = [], []
+    headlines = []
     for what, row, minus in HEADLINES:
         mean, half = interval(scores(worlds, row, minus))
         headlines.append([what, written(scores(worlds, row, minus), "+"),
                           "open" if not abs(mean) > half else "higher" if mean > 0 else "lower"])
-    for name, row in ROWS.items():
-        rows.append([row.label, written(scores(worlds, name)), written(scores(worlds, name, m="image")),
-                     "reference" if name == "s4d" else written(scores(worlds, name, "s4d"), "+")])
+    rows = [[row.label, written(scores(worlds, name)), written(scores(worlds, name, m="image")),
+             "reference" if name == "s4d" else written(scores(worlds, name, "s4d"), "+")] for name, row in ROWS.items()]
     seconds = sum(line["seconds"] for world in worlds for line in world.values())
     return "\n\n".join([markdown(["difference of UAR on clips, in points", "", ""], headlines),
                         markdown(["UAR in %", "clips", "images", "clips, minus S4D"], rows),
