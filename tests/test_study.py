@@ -126,11 +126,14 @@ def test_the_command_reports_and_draws(tmp_path, capsys):
     assert Path(tmp_path, "study.png").stat().st_size > 1000
 
 
-def test_the_page_holds_what_the_command_on_it_prints_of_the_rows_beside_it(capsys, monkeypatch):
-    page = (ROOT / "tests/study.md").read_text()
+def test_the_pages_say_what_the_command_prints_of_the_rows_beside_them(capsys, monkeypatch):
+    page, readme = (ROOT / "tests/study.md").read_text(), (ROOT / "README.md").read_text()
     command = re.search(r"`python tests/(study.py --report [^`]+)`", page)[1]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", command.split())
     monkeypatch.setattr(study, "picture", lambda worlds, path: None)  # it is there already
     study.main()
-    assert capsys.readouterr().out.strip() in page
+    printed = capsys.readouterr().out.strip()
+    assert printed in page
+    figures = re.findall(r"[\d.]+ ± [\d.]+\d", page + readme)
+    assert len(figures) > 60 and all(figure in printed for figure in figures)
