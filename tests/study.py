@@ -62,7 +62,7 @@ ROWS = {
     "residual": Row("no residual in Eq. (8)", flags="--no-residual"),
 }
 HEADLINES = (  # the differences that the study is made to decide, on clips: (what, row, minus row)
-    ("stage 1 on both - none", "s4d", "none"), ("stage 1 on images - none", "image", "none"),
+    ("stage 1 on both - none", "s4d", "none"), ("stage 1 on images - on clips", "image", "video"),
     ("stage 1 on both - on clips", "s4d", "video"), ("joint - clips only, 4 people", "joint-4", "clips-4"),
     ("joint - clips only, 64 people", "s4d", "clips-64"), ("tasks agree: MoAE - two heads", "s4d", "heads"),
     ("tasks disagree: MoAE - two heads", "disagree", "disagree-heads"),
