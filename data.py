@@ -1,26 +1,29 @@
-"""Files, sampling and batches: which samples there are, what training draws from them at random, and how mini-batches
-of one source each are interleaved.
+"""Files, sampling and batches: which samples there are, what training draws from them at random,
+and how mini-batches of one source each are interleaved.
 
-It reads from the method to the files: `Samples` are one split of a data set; `train_frames` and its neighbours choose
-the frames of a clip; `augmentation` is what training does to them; `schedule_epoch` draws an epoch's steps, each of
-images or of clips. Below the line of '=' follows what can be skipped: loading processes, data sets, lists, readers.
+It reads from the method to the files: `train_frames` and its neighbours choose the frames of a
+clip, `augmentation` is what training does to them, `schedule_epoch` draws an epoch's steps. Below
+the line of '=' follows what can be skipped: loading processes, data sets, lists, readers.
 
-B batch    T frames of a clip    H x W pixels    n samples, or frames of a whole video    v views of one sample
+B batch    T frames of a clip    H x W pixels    n samples, or frames of a video    v views of one
 """
 import argparse
 import csv
 import hashlib
 import os
+import posixpath
 import re
 import signal
 import struct
-from contextlib import suppress
+import unicodedata
+from bisect import bisect_right
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import chain, count, islice
+from itertools import chain, dropwhile
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import av
 import numpy as np
@@ -37,20 +40,22 @@ WHOLE = (0, 0, 1, 1)                        # a frame's part as fractions (top, 
 
 @dataclass
 class Samples:
-    """The samples of one split. Names are bytes in one numpy array: loading processes then share their memory."""
+    """The samples of one split. Names are bytes in one numpy array, which forked loading processes
+    share; in them folders are separated by "/" on every system."""
     name: str                               # of the data set
     modality: str                           # "image" or "video"
     classes: tuple[str, ...]                # in label order; none where there are no labels
     root: Path                              # folder that the names are relative to
-    names: np.ndarray                       # (n,) bytes: image files, video files or folders of frames
+    names: np.ndarray                       # (n,) bytes: image files, videos or folders of frames
     labels: np.ndarray                      # (n,) int64, -1 where there are none
     stride: int = 1                         # of the frames of a clip
-    notes: tuple[str, ...] = ()             # what was recognised, to be printed
-    people: np.ndarray | None = None        # (n,) bytes: who is seen, where the data set tells
+    rate: float | None = None               # frames a second that stride counts; None: the file's
+    people: np.ndarray | None = None        # (n,) bytes: who is seen, where that is known
     fold: int = 1
-    crop: tuple[float, float, float, float] = WHOLE  # what stage 1 sees of a frame
-    data_root: Path | None = None           # of a set of the catalogue
-    frames_as_images: bool = False          # one random frame of each video stands for an image (Table IV, row 5)
+    crop: tuple[float, float, float, float] = WHOLE     # what stage 1 sees of a frame
+    box: tuple[int, int, int, int] | None = None        # --crop: left, top, width, height
+    notes: tuple[str, ...] = ()             # what was recognised, to be printed
+    frames_as_images: bool = False          # a random frame stands for an image (Table IV, row 5)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -59,25 +64,37 @@ class Samples:
         return self.root / os.fsdecode(bytes(self.names[index]))
 
     def subset(self, index: np.ndarray) -> "Samples":
-        return replace(self, names=self.names[index], labels=self.labels[index],
-                       people=None if self.people is None else self.people[index])
+        people = None if self.people is None else self.people[index]
+        return replace(self, names=self.names[index], labels=self.labels[index], people=people)
 
     def counts(self) -> list[int]:
         return np.bincount(self.labels, minlength=len(self.classes)).tolist()
 
+    def fingerprint(self) -> str:
+        """What a checkpoint says of its data: the same names and labels in the same order give the
+        same text, whatever folder all of them lie in."""
+        names = self.names.tolist()
+        common = os.path.commonprefix(names).rfind(b"/") + 1
+        digest = hashlib.blake2b(digest_size=8)
+        for i, label in enumerate(self.labels):
+            digest.update(b"\n" * (i > 0) + b"%s,%d" % (names[i][common:], label))
+        return (f"{short_name(self.name)}, fold {self.fold}, stride {self.stride}: "
+                f"{len(names)} samples, fingerprint {digest.hexdigest()}")
 
-# ------------------------------------------------------------------------------------------- which frames of a video
+
+# ------------------------------------------------------------------------ which frames of a video
 
 def pretrain_frames(n: int, frames: int, stride: int) -> list[int]:
-    """Frame numbers of a stage-1 clip: every stride-th frame from a random start, the last repeated if n is short."""
+    """Frame numbers of a stage-1 clip: every stride-th frame from a random start, the last of them
+    repeated if n is short."""
     start = int(torch.randint(max(1, n - (frames - 1) * stride), ()))
     return pad(list(range(start, n, stride))[:frames], frames)
 
 
 def train_frames(n: int, frames: int, stride: int) -> list[int]:
-    """Frame numbers of a stage-2 training clip, as released. Of a long video a random window of frames * stride, spread
-    evenly; of a shorter one n // stride numbers spread over all of it, then the last frame again and again. 16 at
-    stride 4: of n = 30 frames 0 5 10 15 20 25 29 29 29 ..., of 20 frames 0 5 10 15 19 19 ..."""
+    """Frame numbers of a stage-2 training clip, as released. Of a long video a random window of
+    frames * stride, spread evenly; of a shorter one n // stride numbers spread over all of it, then
+    the last frame again and again. 16 at stride 4: of n = 30 frames 0 5 10 15 20 25 29 29 29 ..."""
     window = frames * stride
     if n > window:
         end = int(torch.randint(window, n, ()))
@@ -89,23 +106,29 @@ def train_frames(n: int, frames: int, stride: int) -> list[int]:
 
 
 def test_frames(n: int, frames: int, stride: int) -> list[int]:
-    """Two clips per video, uniformly sampled (Section IV-B): the first and the last `frames` of every stride-th frame,
-    joined."""
+    """Frame numbers of a video's two test clips, uniformly sampled (Section IV-B): the first and
+    the last `frames` of every stride-th frame, joined."""
     every = pad(list(range(0, n, stride)), frames)
     return every[:frames] + every[-frames:]
+
+
+def random_frame(n: int) -> list[int]:
+    return [int(torch.randint(n, ()))]
 
 
 def pad(numbers: list[int], length: int) -> list[int]:
     return numbers + numbers[-1:] * (length - len(numbers))
 
 
-# ------------------------------------------------------------------------------------------------------ augmentation
+# ----------------------------------------------------------------------------------- augmentation
 
-def fit(stage: str, samples: Samples, pixels: int, strength: str = "paper") -> v2.Transform:
-    """What every frame goes through as it is read, (3, h, w) -> (3, h', w'): nothing random, and from there on memory
-    follows the model's frames, not the file's. stage, strength: as of `augmentation`."""
-    if stage == "pretrain":                 # `augmentation` cuts a random part out, so only large frames shrink here
-        return v2.Compose([partial(fixed_crop, box=samples.crop), partial(shrink, most=2 * pixels)])
+def frame_transform(stage: str, samples: Samples, pixels: int,
+                    strength: str = "paper") -> v2.Transform:
+    """What every frame goes through as it is read, (3, h, w) -> (3, h', w'): nothing random, and
+    from there on memory follows the model's frames. stage, strength: as of `augmentation`."""
+    if stage == "pretrain":                 # `augmentation` crops: only large frames shrink here
+        crop = partial(fixed_crop, part=samples.crop)
+        return v2.Compose([crop, partial(shrink, most=2 * pixels)])
     if stage == "finetune" and samples.modality == "image" and strength == "paper":
         pixels = pixels * 6 // 5            # 192 for 160
     return v2.Resize((pixels, pixels), antialias=True)
@@ -114,63 +137,87 @@ def fit(stage: str, samples: Samples, pixels: int, strength: str = "paper") -> v
 def augmentation(stage: str, modality: str, pixels: int, strength: str = "paper") -> v2.Transform:
     """uint8 (..., 3, h, w) -> uint8 (..., 3, pixels, pixels); one draw serves all frames of a clip.
 
-    stage: "pretrain" or "finetune"; a test has none. strength, for "finetune": "paper", or "light" (flip only), for
-    training that takes minutes instead of days.
+    stage: "pretrain" or "finetune"; a test has none. strength, of "finetune": "paper", or "light"
+    (flip only), for training that takes minutes instead of days.
     """
+    flip = v2.RandomHorizontalFlip()
     if stage == "pretrain" and modality == "image":
-        crop = v2.RandomResizedCrop(pixels, scale=(0.2, 1), interpolation=v2.InterpolationMode.BICUBIC)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+        bicubic = v2.InterpolationMode.BICUBIC
+        crop = v2.RandomResizedCrop(pixels, scale=(0.2, 1), interpolation=bicubic)
+        return v2.Compose([crop, flip])
+    crop = v2.RandomResizedCrop(pixels, scale=(0.08, 1))
     if stage == "pretrain":
-        # The released code resizes the short side to 192 before, which changes no crop's place: left out.
-        return v2.RandomResizedCrop(pixels, scale=(0.08, 1))
+        # The released code resizes the short side to 192 before, which moves no crop: left out.
+        return crop
     if strength == "light":
-        return v2.RandomHorizontalFlip()
+        return flip
     if modality == "image":
-        return v2.Compose([v2.RandomCrop(pixels), v2.RandomHorizontalFlip(), randaugment(2, 9),
-                           v2.RandomErasing(p=0.25, value=0)])
-    return v2.Compose([randaugment(4, 7), v2.RandomResizedCrop(pixels, scale=(0.08, 1)), v2.RandomHorizontalFlip(),
-                       PixelErasing(p=0.25)])
+        erase = v2.RandomErasing(p=0.25, value=0)
+        return v2.Compose([v2.RandomCrop(pixels), flip, randaugment(2, 9), erase])
+    return v2.Compose([randaugment(4, 7), crop, flip, PixelErasing(p=0.25)])
 
 
 def randaugment(operations: int, magnitude: int) -> v2.Transform:
-    """'rand-m{magnitude}-n{operations}': magnitudes run to 10, each operation is applied with probability 1/2, and what
-    a warp brings in from outside is grey. Released warps of clips are bicubic: torchvision has none for tensors."""
+    """'rand-m{magnitude}-n{operations}': magnitudes run to 10, each operation is applied with
+    probability 1/2, and what a warp brings in from outside is grey. Released warps of clips are
+    bicubic: torchvision has none for tensors."""
     one = v2.RandAugment(num_ops=1, magnitude=magnitude, num_magnitude_bins=11, fill=128,
                          interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([v2.RandomApply([one], p=0.5) for _ in range(operations)])
 
 
 class PixelErasing(v2.RandomErasing):
-    """Random erasing that fills in random pixels: normal ones, of ImageNet's mean and deviation, new in every frame."""
+    """Random erasing that fills in random pixels: normal ones, of ImageNet's mean and deviation,
+    new in every frame."""
 
     def make_params(self, flat_inputs: list) -> dict:
-        params, x = super().make_params(flat_inputs), flat_inputs[0]
+        params = super().make_params(flat_inputs)
+        x = flat_inputs[0]                                                  # (..., 3, H, W)
         if params["v"] is not None:
-            mean, std = (channel_values(values, x.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+            mean = channel_values(IMAGE_MEAN, x.device).view(3, 1, 1)
+            std = channel_values(IMAGE_STD, x.device).view(3, 1, 1)
             noise = torch.randn(*x.shape[:-2], params["h"], params["w"])
-            params["v"] = (255 * (mean + std * noise)).clamp(0, 255).to(x.dtype)
+            pixels = 255 * (mean + std * noise)
+            params["v"] = pixels.clamp(0, 255).to(x.dtype)
         return params
 
 
-def fixed_crop(x: torch.Tensor, box: tuple[float, float, float, float]) -> torch.Tensor:
+def fixed_crop(x: torch.Tensor, part: tuple[float, float, float, float]) -> torch.Tensor:
     """A fixed part of a frame, as fractions (top, left, height, width) of its size."""
-    (top, left, height, width), (h, w) = box, x.shape[-2:]
-    return v2.functional.crop(x, round(top * h), round(left * w), round(height * h), round(width * w))
+    h, w = x.shape[-2:]
+    top, left, height, width = part
+    box = [round(top * h), round(left * w), round(height * h), round(width * w)]
+    return v2.functional.crop(x, *box)
+
+
+def boxed(x: torch.Tensor, box: tuple[int, int, int, int], path: Path) -> torch.Tensor:
+    """The box (left, top, width, height), in pixels, of a frame of the file `path`. UserError if
+    the frame does not hold it."""
+    h, w = x.shape[-2:]
+    left, top, width, height = box
+    if left + width > w or top + height > h:
+        size = f"{w} x {h} pixels"
+        raise UserError(f"{path}, {size}, does not hold --crop {box} (x,y,width,height)")
+    return v2.functional.crop(x, top, left, height, width)
 
 
 def shrink(x: torch.Tensor, most: int) -> torch.Tensor:
     """A frame whose short side is at most so many pixels."""
-    return x if min(x.shape[-2:]) <= most else v2.functional.resize(x, [most], antialias=True)
+    if min(x.shape[-2:]) <= most:
+        return x
+    return v2.functional.resize(x, [most], antialias=True)
 
 
 def to_float(x: torch.Tensor) -> torch.Tensor:
-    """uint8 images (B, 3, H, W) or clips (B, T, 3, H, W) -> normalised float, clips as (B, 3, T, H, W)."""
-    mean, std = (255 * channel_values(values, x.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    """uint8 images (B, 3, H, W) or clips (B, T, 3, H, W) -> normalised float, clips as
+    (B, 3, T, H, W)."""
+    mean = 255 * channel_values(IMAGE_MEAN, x.device).view(3, 1, 1)
+    std = 255 * channel_values(IMAGE_STD, x.device).view(3, 1, 1)
     x = x.float().sub_(mean).div_(std)
     return x if x.ndim == 4 else x.transpose(1, 2)
 
 
-# ---------------------------------------------------------------------- single-source mini-batches, Section III-C
+# ---------------------------------------------------- single-source mini-batches, Section III-C
 
 @dataclass
 class Source:
@@ -179,32 +226,36 @@ class Source:
     batch: int                              # samples of an optimiser step, over all processes
     micro: int                              # samples of a micro-batch
     share: float = 1.0                      # of the set that an epoch sees
-    repeats: int = 1                        # differently augmented views of each sample that is read
+    repeats: int = 1                        # differently augmented views of each sample read
     balanced: bool = False                  # draw classes equally often, with replacement
 
     def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """The epoch's batches of sample numbers; a set smaller than a batch is one batch, other remainders are left."""
+        """The epoch's batches of sample numbers. A set smaller than a batch is one batch; otherwise
+        what does not fill a batch is left out."""
         n = len(self.samples)
         reads = max(1, round(self.share * n / self.repeats))
         if self.balanced:
-            weight = 1 / np.maximum(self.samples.counts(), 1)[self.samples.labels]
+            counts = np.maximum(self.samples.counts(), 1)
+            weight = 1 / counts[self.samples.labels]
             order = rng.choice(n, size=reads, p=weight / weight.sum())
         else:
-            order = np.concatenate([rng.permutation(n) for _ in range(-(-reads // n))])[:reads]
+            passes = [rng.permutation(n) for _ in range(-(-reads // n))]
+            order = np.concatenate(passes)[:reads]
         size = min(max(1, self.batch // self.repeats), reads)
-        return [order[i * size:(i + 1) * size] for i in range(reads // size)]
+        return [order[i:i + size] for i in range(0, reads - size + 1, size)]
 
 
 @dataclass
 class MicroBatch:
-    """What one process computes at once. Its place in the epoch, not the process that holds it, seeds its draws."""
+    """What one process computes at once. Its place in the epoch seeds its draws, so that they do
+    not depend on the process that holds it."""
     modality: str                           # "image" or "video"
     epoch: int
     step: int                               # of the epoch
     place: int                              # of the step's micro-batches
     index: np.ndarray                       # sample numbers
-    weight: float                           # share of the step's samples; 0 for a process that has none to compute
-    last: bool                              # the process's last of this step
+    weight: float                           # share of the step's samples; 0: nothing to compute
+    is_last: bool                           # of the process's micro-batches of this step
     seed: int                               # of frames, crops, masks, mixing and gate noise
 
 
@@ -213,396 +264,600 @@ def draw_seed(*entropy: int) -> int:
 
 
 def schedule_epoch(sources: dict[str, Source], seed: int, epoch: int) -> list[list[MicroBatch]]:
-    """An epoch's optimiser steps, each of one source, in random order; the same for any number of processes."""
+    """An epoch's optimiser steps, each of one source, in random order; the same for any number of
+    processes."""
     rng = np.random.default_rng([seed, epoch])
     batches = {modality: source.draw(rng) for modality, source in sources.items()}
-    order = rng.permutation([modality for modality, drawn in batches.items() for _ in drawn])
+    order = []
+    for modality, drawn in batches.items():
+        order += [modality] * len(drawn)
     steps = []
-    for step, modality in enumerate(order.tolist()):
+    for step, modality in enumerate(rng.permutation(order).tolist()):
         index = batches[modality].pop()
         size = max(1, sources[modality].micro // sources[modality].repeats)
-        parts = [index[i:i + size] for i in range(0, len(index), size)]
-        steps.append([MicroBatch(modality, epoch, step, place, part, weight=len(part) / len(index), last=False,
-                                 seed=draw_seed(seed, epoch, step, place)) for place, part in enumerate(parts)])
+        micros = []
+        for place, start in enumerate(range(0, len(index), size)):
+            part = index[start:start + size]
+            seed_of_part = draw_seed(seed, epoch, step, place)
+            micros.append(MicroBatch(modality, epoch, step, place, part, len(part) / len(index),
+                                     False, seed_of_part))
+        steps.append(micros)
     return steps
 
 
+@dataclass(eq=False)
 class Schedule(torch.utils.data.Sampler):
     """This process's micro-batches from a given (epoch, step), `start`, to the end of training."""
-
-    def __init__(self, sources: dict[str, Source], seed: int, epochs: int, rank: int, world: int,
-                 start: tuple[int, int] = (0, 0)):
-        self.sources, self.seed, self.epochs, self.rank, self.world, self.start = (
-            sources, seed, epochs, rank, world, start)
+    sources: dict[str, Source]
+    seed: int
+    epochs: int
+    rank: int                               # this process's number among `world`
+    world: int
+    start: tuple[int, int] = (0, 0)
 
     def steps_per_epoch(self) -> int:
         return len(schedule_epoch(self.sources, self.seed, 0))
 
     def __iter__(self):
-        for epoch in range(self.start[0], self.epochs):
+        first_epoch, first_step = self.start
+        for epoch in range(first_epoch, self.epochs):
             steps = schedule_epoch(self.sources, self.seed, epoch)
-            for step in steps[self.start[1] if epoch == self.start[0] else 0:]:
-                # A process without a micro-batch repeats the first with weight 0: DDP waits for every process.
-                mine = step[self.rank::self.world] or [replace(step[0], weight=0.0)]
+            if epoch == first_epoch:
+                steps = steps[first_step:]
+            for step in steps:
+                mine = step[self.rank::self.world]
+                if not mine:                # DDP waits for every process: compute one for nothing
+                    mine = [replace(step[0], weight=0.0)]
                 yield from mine[:-1]
-                yield replace(mine[-1], last=True)
+                yield replace(mine[-1], is_last=True)
 
 
 class TrainingData(torch.utils.data.Dataset):
-    """Reads and augments whole micro-batches: data[micro_batch] -> (micro_batch, x uint8, labels, errors)."""
+    """Reads and augments whole micro-batches:
+    data[micro_batch] -> (micro_batch, x uint8, labels, errors)."""
 
     def __init__(self, sources: dict[str, Source], stage: str, size: Size, strength: str = "paper"):
-        self.sources, self.frames, self.pixels = sources, size.frames, size.pixels
-        self.choose = pretrain_frames if stage == "pretrain" else train_frames
-        self.fit = {m: fit(stage, source.samples, size.pixels, strength) for m, source in sources.items()}
-        self.augment = {m: augmentation(stage, m, size.pixels, strength) for m in sources}
+        self.sources = sources
+        self.frames = size.frames
+        self.pixels = size.pixels
+        self.which_frames = {}              # of a video
+        self.transform = {}                 # of a frame, as it is read
+        self.augment = {}                   # of an image or a clip
+        choose = pretrain_frames if stage == "pretrain" else train_frames
+        for m, source in sources.items():
+            stride = source.samples.stride
+            self.which_frames[m] = partial(choose, frames=size.frames, stride=stride)
+            if source.samples.frames_as_images:
+                self.which_frames[m] = random_frame
+            self.transform[m] = frame_transform(stage, source.samples, size.pixels, strength)
+            self.augment[m] = augmentation(stage, m, size.pixels, strength)
 
     def __getitem__(self, micro: MicroBatch):
-        """x: (B, 3, H, W) or (B, T, 3, H, W) with `repeats` views of each sample in a row. Samples that cannot be
-        read are left out and their errors returned; if none is left, a black one of weight 0 stands for them."""
-        source = self.sources[micro.modality]
+        """x: (B, 3, H, W) or (B, T, 3, H, W) with `repeats` views of each sample in a row. Samples
+        that cannot be read are left out and their errors returned; if none is left, a black one of
+        weight 0 stands for them."""
+        m, source = micro.modality, self.sources[micro.modality]
         views, labels, errors = [], [], []
         for i, index in enumerate(micro.index):
-            torch.default_generator.manual_seed(draw_seed(micro.seed, i))   # torch.manual_seed, but faster
+            seed = draw_seed(micro.seed, i)
+            torch.default_generator.manual_seed(seed)           # torch.manual_seed, but faster
             try:
-                x = self.read(source.samples, micro.modality, index)
+                x = self.read(source.samples, m, index)
             except UserError as error:
                 errors.append(str(error))
                 continue
-            views += [self.augment[micro.modality](x) for _ in range(source.repeats)]
-            labels += [int(source.samples.labels[index])] * source.repeats
+            for _ in range(source.repeats):
+                views.append(self.augment[m](x))
+                labels.append(int(source.samples.labels[index]))
         if not views:
-            frames = () if micro.modality == "image" else (self.frames,)
-            views, labels = [torch.zeros(*frames, 3, self.pixels, self.pixels, dtype=torch.uint8)], [0]
+            frames = [self.frames] if m == "video" else []
+            views.append(torch.zeros(*frames, 3, self.pixels, self.pixels, dtype=torch.uint8))
+            labels.append(0)
             micro = replace(micro, weight=0.0)
         x = torch.empty(len(views), *views[0].shape, dtype=torch.uint8)
         if torch.utils.data.get_worker_info():
-            x.share_memory_()               # now: too little of it is an error here, later it would be none
+            x.share_memory_()               # too little is an error here, later it would be none
         return micro, torch.stack(views, out=x), torch.tensor(labels), errors
 
     def read(self, samples: Samples, modality: str, index: int) -> torch.Tensor:
-        path, fitted = samples.path(index), self.fit[modality]
-        if samples.frames_as_images:
-            return read_clip(path, lambda n: [int(torch.randint(n, ()))], fitted)[0]
-        if modality == "image":
-            return fitted(read_image(path))
-        return read_clip(path, partial(self.choose, frames=self.frames, stride=samples.stride), fitted)
+        return read_sample(samples, index, self.transform[modality], self.which_frames[modality])
 
 
 class TestData(torch.utils.data.Dataset):
-    """Samples as evaluation sees them: data[i] -> (i, views uint8 (v, ...), label); an unreadable one is an error.
+    """Samples as evaluation sees them: data[i] -> (i, views uint8 (v, ...), label). UserError for a
+    sample that cannot be read.
 
-    fit: what every frame goes through as it is read, by default the resize to the model's size.
+    which_frames(n, frames, stride): the frames of `clips` clips of a video of n frames, joined.
     """
 
-    def __init__(self, samples: Samples, size: Size, fit: Callable | None = None):
-        self.samples, self.frames = samples, size.frames
-        self.fit = fit or v2.Resize((size.pixels, size.pixels), antialias=True)
+    def __init__(self, samples: Samples, size: Size, which_frames: Callable = test_frames,
+                 clips: int = 2):
+        self.samples = samples
+        self.frames = size.frames
+        self.clips = clips
+        self.which_frames = partial(which_frames, frames=size.frames, stride=samples.stride)
+        self.frame_transform = v2.Resize((size.pixels, size.pixels), antialias=True)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int):
-        """views: (1, 3, H, W) of an image, (2, T, 3, H, W) of a video."""
-        path = self.samples.path(index)
+        """views: (1, 3, H, W) of an image, (clips, T, 3, H, W) of a video."""
+        x = read_sample(self.samples, index, self.frame_transform, self.which_frames)
         if self.samples.modality == "image":
-            views = self.fit(read_image(path))[None]
+            views = x[None]
         else:
-            choose = partial(test_frames, frames=self.frames, stride=self.samples.stride)
-            views = read_clip(path, choose, self.fit).unflatten(0, (2, self.frames))
+            views = x.unflatten(0, (self.clips, self.frames))
         return index, views, int(self.samples.labels[index])
 
 
+def read_sample(samples: Samples, index: int, transform: Callable,
+                which_frames: Callable) -> torch.Tensor:
+    """An image (3, h, w), or frames of a video (T, 3, h, w), uint8, each frame cut to samples.box
+    and transformed. which_frames(n): the frames wanted of n, at the samples' frames a second."""
+    def at_rate(n: int, rate: float | None) -> list[int]:
+        return resampled(which_frames, n, rate, samples.rate or rate)
+
+    path = samples.path(index)
+    if samples.box:
+        transform = v2.Compose([partial(boxed, box=samples.box, path=path), transform])
+    if samples.frames_as_images:
+        return read_clip(path, at_rate, transform)[0]
+    if samples.modality == "image":
+        return transform(read_image(path))
+    return read_clip(path, at_rate, transform)
+
+
+def frame_rate(samples: Samples) -> float:
+    """Frames a second of training clips: of the first one that can be read, or 25 where its file
+    does not tell."""
+    if samples.rate:
+        return samples.rate
+    for i in range(len(samples)):
+        with suppress(UserError):           # training names what cannot be read
+            return video_length(samples.path(i))[1] or OWN_DATA_RATE
+    return OWN_DATA_RATE
+
+
 def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
-    """Split off validation samples, the same share of each class: (rest, held out). UserError if one has none."""
+    """Split off a share of the people, where they are known, or else of the samples of each class:
+    (rest, held out). UserError if one of the two is empty."""
     rng = np.random.default_rng([seed, len(samples)])
-    held = np.zeros(len(samples), bool)
-    for label in np.unique(samples.labels):
-        of_class = rng.permutation(np.flatnonzero(samples.labels == label))
-        held[of_class[:round(share * len(of_class))]] = True
+    if samples.people is not None:
+        people = rng.permutation(np.unique(samples.people))
+        held = np.isin(samples.people, people[:round(share * len(people))])
+    else:
+        held = np.zeros(len(samples), bool)
+        for label in np.unique(samples.labels):
+            of_class = rng.permutation(np.flatnonzero(samples.labels == label))
+            taken = of_class[:round(share * len(of_class))]
+            held[taken] = True
     if held.all() or not held.any():
-        raise UserError(f"--validation {share} of the {len(samples)} samples of {samples.name} leaves none to "
-                        f"{'train on' if held.all() else 'hold out'}")
+        purpose = "train on" if held.all() else "hold out"
+        raise UserError(f"{share} of the {len(samples)} samples of {samples.name} leaves none to "
+                        f"{purpose}")
     return samples.subset(~held), samples.subset(held)
 
 
-# ==================================================================================================================
-# From here on loading processes and files: where data sets lie, lists, readers. On a first reading skip to pretrain.py.
-# ==================================================================================================================
+def overlap(train: Samples, test: Samples) -> str:
+    """Samples and people that are in both, in words; "" if there are none."""
+    found = []
+    known = {os.path.abspath(train.path(i)) for i in range(len(train))}
+    paths = [os.path.abspath(test.path(i)) for i in range(len(test))]
+    both = [path for path in paths if path in known]
+    if both:
+        found.append(f"samples in both train and test of {test.name}: {shortened(both)}")
+    if train.people is not None and test.people is not None:
+        both = np.intersect1d(train.people, test.people)
+        if len(both):
+            found.append(f"people in both train and test of {test.name}: {shortened(both)}")
+    return "; ".join(found)
 
-# ------------------------------------------------------------------------------------------------- loading processes
+
+# ==================================================================================================
+# From here on loading processes and files: where data sets lie, lists, readers. On a first reading
+# skip to pretrain.py.
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------ loading processes
 
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
     """A DataLoader whose batches come, or an error does."""
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                                       worker_init_fn=in_worker, **options)
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, worker_init_fn=in_worker,
+                                       pin_memory=torch.cuda.is_available(), **options)
 
 
 def in_worker(worker: int) -> None:
-    """Leave signals to the training process, which still needs its workers' batches, and die of a batch that cannot be
-    handed over: the queue's thread would lose it, and everyone wait for ever."""
+    """Leave signals to the training process, which still needs its workers' batches, and die of a
+    batch that cannot be handed over: the queue's thread would lose it, and everyone wait."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     Queue._on_queue_feeder_error = lambda queue, error, batch: os._exit(1)
 
 
-# ------------------------------------------------------------------------------------------------------- data sets
-
-class Found(NamedTuple):
-    """What a split holds. rows: of its list, labels as class names; or the names (n,) bytes of unlabelled files."""
-    root: Path                              # folder that the names are relative to
-    rows: "list[Row] | np.ndarray"
-    notes: list[str]
-    stride: int = 1
-
+# -------------------------------------------------------------------------------------- data sets
 
 class DataSet(NamedTuple):
-    """A data set. find(data_root, split, fold) -> Found is a function whose code is the layout of its files."""
+    """Where a data set lies below --data-root. In the paths of lists {split} stands for train or
+    test, {subset} for training or validation, and {fold} for 1 to `folds`."""
     name: str
     modality: str
     classes: tuple[str, ...]                # in label order; none: unlabelled
-    find: Callable
+    folder: str                             # that the names in the lists are relative to
+    lists: tuple[str, ...]                  # of which the first is taken that is there
     folds: int = 1
-    crop: tuple[float, float, float, float] = WHOLE  # what stage 1 sees of a frame
+    stride: int = 1                         # of the frames of a clip
+    rate: float | None = None               # frames a second that stride counts; None: the file's
+    crop: tuple[float, float, float, float] = WHOLE     # what stage 1 sees of a frame
+    labels_from_1: bool = False             # as the set is handed out; from 0 is met, too
+    left_out: tuple[str, ...] = ()          # what else its own .csv has labels for
+    part: str = ""                          # what the split's names begin with, in a list of both
+    file: str = "{stem}{suffix}"            # a sample's, from its name in the list
 
 
 DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
+DFEW_LISTS = ("DFEW/EmoLabel_DataSplit/{split}(single-labeled)/{split}_set_{fold}.csv",)
 FERV39K = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
-MAFW = ("anger", "anxiety", "contempt", "disappointment", "disgust", "fear", "happiness", "helplessness", "neutral",
-        "sadness", "surprise")
+MAFW = ("anger", "anxiety", "contempt", "disappointment", "disgust", "fear", "happiness",
+        "helplessness", "neutral", "sadness", "surprise")
 AFFECTNET = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger", "contempt")
-VOXCELEB2_CROP = (0, 1 / 7, 5 / 7, 5 / 7)  # rows 0-160, columns 32-192 of 224 x 224, as released and in MAE-DFER
+AFFECTNET_OTHERS = ("none", "uncertain", "no face")
 RAFDB = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
+VOXCELEB2_CROP = (0, 1 / 7, 5 / 7, 5 / 7)   # rows 0-160, columns 32-192 of 224 x 224, as released
+
+CATALOGUE = {dataset.name: dataset for dataset in (
+    DataSet("dfew", "video", DFEW, "DFEW/clip_jpg_256", DFEW_LISTS, folds=5, stride=4,
+            labels_from_1=True),
+    # 16 frames of each clip, sampled by its authors: at stride 4 only 4 of them would be distinct
+    DataSet("dfew-16f", "video", DFEW, "DFEW/Clip/clip_224x224_16f", DFEW_LISTS, folds=5,
+            labels_from_1=True),
+    DataSet("ferv39k", "video", FERV39K, "FERV39K/2_ClipsforFaceCrop",
+            ("FERV39K/Annotation/{split}.csv",)),
+    DataSet("mafw", "video", MAFW, "MAFW/frames_crop_align_224",
+            ("MAFW/anno/single/no_caption/set_{fold}/{split}.csv",), folds=5, stride=4),
+    DataSet("affectnet-7", "image", AFFECTNET[:7], "AffectNet/Manually_Annotated_Images",
+            ("AffectNet/{split}_affectnet7.txt", "AffectNet/{split}_affectnet7_2w.txt",
+             "AffectNet/{subset}.csv"), left_out=(AFFECTNET[7], *AFFECTNET_OTHERS)),
+    DataSet("affectnet-8", "image", AFFECTNET, "AffectNet/Manually_Annotated_Images",
+            ("AffectNet/{split}_affectnet8.txt", "AffectNet/{split}_affectnet8_2w.txt",
+             "AffectNet/{subset}.csv"), left_out=AFFECTNET_OTHERS),
+    DataSet("rafdb", "image", RAFDB, "RAF-DB/basic/Image/aligned",
+            ("RAF-DB/basic/EmoLabel/list_patition_label.txt",), labels_from_1=True,
+            part="{split}_", file="{stem}_aligned{suffix}"),
+    DataSet("voxceleb2", "video", (), "VoxCeleb2/dev/mp4", ("VoxCeleb2/dev/mp4/files.txt",),
+            stride=4, crop=VOXCELEB2_CROP),
+    # Drawn by tests/faces.py, in the same layouts
+    DataSet("synthetic", "video", DFEW, "synthetic/DFEW/clip_jpg_256",
+            (f"synthetic/{DFEW_LISTS[0]}",), folds=5, stride=2),
+    DataSet("synthetic-images", "image", AFFECTNET[:7],
+            "synthetic/AffectNet/Manually_Annotated_Images",
+            ("synthetic/AffectNet/{split}_affectnet7.txt",)),
+    DataSet("synthetic-unlabelled", "video", (), "synthetic/VoxCeleb2",
+            ("synthetic/VoxCeleb2/files.txt",), stride=2, crop=VOXCELEB2_CROP),
+)}
+OWN_DATA_STRIDE = 4                         # of clips: a window of 2.6 seconds, as for DFEW
+OWN_DATA_RATE = 25.0
 
 
-def dfew(root: Path, split: str, fold: int, stride: int = 4) -> Found:
-    lists = {(s, f): f"DFEW/EmoLabel_DataSplit/{s}(single-labeled)/{s}_set_{f}.csv"
-             for s in ("train", "test") for f in range(1, 6)}
-    media, path = need(root, ["DFEW/clip_jpg_256", "DFEW/Clip/clip_224x224_16f"], [lists[split, fold]])
-    # As its authors hand it out, labels count from 1, which the other lists help to tell.
-    rows, notes = numbered(path, read_list(path), DFEW, [root / file for file in lists.values()])
-    if media.name == "clip_224x224_16f":    # at stride 4 only 4 of them would be distinct
-        stride, notes = 1, [*notes, f"{media}: 16 frames sampled by the data set's authors, so stride 1"]
-    return Found(media, rows, notes, stride)
+def catalogue(name: str) -> DataSet:
+    """The data set of that name, or one's own: "train.csv,test.csv", "train.csv", or a folder of
+    folders by class. UserError if there is none."""
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    lists = own_lists(name)
+    paths = []
+    for path in lists:
+        paths += [folder_of(path) / row.name for row in own_rows(path)]
+    if os.path.isdir(name):
+        name = os.path.abspath(name)
+    else:
+        name = ",".join(map(str, lists))
+    classes = class_names(lists[0], own_rows(lists[0]))
+    if lists == (Path(name),) and lists[0].is_dir():
+        classes = ()                        # not divided: for stage 1, which needs none
+    return DataSet(name, modality_of(paths), classes, "", lists, stride=OWN_DATA_STRIDE,
+                   rate=OWN_DATA_RATE)
 
 
-def ferv39k(root: Path, split: str, fold: int) -> Found:
-    media, path = need(root, ["FERV39K/2_ClipsforFaceCrop"], [f"FERV39K/Annotation/{split}.csv"])
-    return Found(media, *numbered(path, read_list(path), FERV39K), stride=1)
+def short_name(name: str) -> str:
+    """A data set's name for folders and fingerprints: of one's own, the training list's or the
+    folder's."""
+    return Path(split_at_comma(name)[0]).name.removesuffix(".csv")
 
 
-def mafw(root: Path, split: str, fold: int) -> Found:
-    media, path = need(root, ["MAFW/frames_crop_align_224"], [f"MAFW/anno/single/no_caption/set_{fold}/{split}.csv"])
-    return Found(media, *numbered(path, read_list(path), MAFW), stride=4)
+def dataset_name(modality: str | None = None, labelled: bool = False, others: tuple[str, ...] = ()):
+    """A type for argparse: a data set of that modality, with classes if `labelled`, or one of the
+    words in `others`."""
+    def check(name: str) -> str:
+        if name in others:
+            return name
+        try:
+            dataset = catalogue(name)
+        except (UserError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        if modality not in (None, dataset.modality) or labelled and not dataset.classes:
+            labels = "with labels" if dataset.classes else "without labels"
+            wanted = f"{modality}s with labels" if labelled else f"{modality}s"
+            raise argparse.ArgumentTypeError(f"{name} holds {dataset.modality}s {labels}: expected "
+                                             f"{' or '.join([wanted, *others])}")
+        return dataset.name
+    return check
 
 
-def affectnet(root: Path, split: str, fold: int, classes: int) -> Found:
-    """Its own csv also holds images of no class, which are left out."""
-    own = {"train": "AffectNet/training.csv", "test": "AffectNet/validation.csv"}[split]
-    media, path = need(root, ["AffectNet/Manually_Annotated_Images"], [
-        f"AffectNet/{split}_affectnet{classes}.txt", f"AffectNet/{split}_affectnet{classes}_2w.txt", own])
-    rows, notes = read_list(path), []
-    if path.suffix == ".csv":
-        others = dict(enumerate((*AFFECTNET, "none", "uncertain", "no face")[classes:], classes))
-        count_of = {word: sum(row.label == str(label) for row in rows) for label, word in others.items()}
-        notes = ["left out: " + ", ".join(f"{number} {word}" for word, number in count_of.items())]
-        rows = [row for row in rows if row.label not in map(str, others)]
-    rows, found = numbered(path, rows, AFFECTNET[:classes])
-    return Found(media, rows, found + notes)
+def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
+                 stride: int | None = None) -> Samples:
+    """All samples of a data set's "train" or "test" split, with its own stride or another.
+    UserError if anything that it needs is missing or odd."""
+    samples, there = find_samples(name, data_root, split, fold, stride)
+    if not there.all():
+        missing = shortened(samples.names[~there])
+        raise UserError(f"of {len(there)} samples of {name}, {split}, fold {fold}, not there: {missing} "
+                        f"({'; '.join(samples.notes)})")
+    return samples
 
 
-def synthetic_images(root: Path, split: str, fold: int) -> Found:
-    found = affectnet(root / "synthetic", split, fold, classes=7)
-    return found._replace(rows=[row._replace(person=row.name.split("/")[0]) for row in found.rows])
+def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
+                 stride: int | None = None) -> tuple[Samples, np.ndarray]:
+    """What a data set's "train" or "test" split lists, and which of it is there (n,) bool.
+    UserError where the lists or the folder are missing or odd."""
+    dataset = catalogue(name)
+    if not 1 <= fold <= dataset.folds:
+        raise UserError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
+    people = None
+    if dataset.name in CATALOGUE and not dataset.classes:
+        folder, path = need(dataset, Path(data_root), split, fold)
+        names, notes = listed_videos(folder, path)
+        labels = np.full(len(names), -1)
+        there = np.ones(len(names), bool)
+    else:
+        read = published_split if dataset.name in CATALOGUE else own_split
+        path, folders, rows, number, notes = read(dataset, Path(data_root), split, fold)
+        labels = label_numbers(path, rows, number)
+        files = [row.name for row in rows]
+        holding = [each for each in folders if locate(each, files[:1], dataset.modality)[1].all()]
+        folder = (holding or folders)[0]    # the first that holds the first sample
+        files, there = locate(folder, files, dataset.modality)
+        names = np.array([os.fsencode(file) for file in files])
+        if rows[0].person:
+            people = np.array([row.person.encode() for row in rows])
+        if dataset.name not in CATALOGUE:   # which knew no --data-root when it looked at them
+            paths = [folder / file for file in files]
+            if modality_of(paths) != dataset.modality:
+                raise UserError(f"{path} lists no {dataset.modality}s, as the names say ({paths[0]}): "
+                                "put it beside them, or write absolute paths")
+        if not there.all():
+            forms = " as a folder of frames, .mp4, .avi, .gif or .webp"
+            places = " and in ".join(map(str, folders))
+            notes.append(f"looked for in {places}{forms if dataset.modality == 'video' else ''}")
+    if dataset.modality == "image":
+        stride = 1
+    elif stride not in (None, dataset.stride):
+        notes.append(f"stride {stride} as given; the set's own is {dataset.stride}")
+    return Samples(dataset.name, dataset.modality, dataset.classes, folder, names, labels,
+                   stride or dataset.stride, dataset.rate, people, fold, dataset.crop,
+                   notes=tuple(notes)), there
 
 
-def rafdb(root: Path, split: str, fold: int) -> Found:
-    """One list of train_... and test_..., whose images are stored as ..._aligned."""
-    media, path = need(root, ["RAF-DB/basic/Image/aligned"], ["RAF-DB/basic/EmoLabel/list_patition_label.txt"])
-    rows = [row._replace(name=row.name.replace(".", "_aligned.")) for row in read_list(path)
-            if row.name.startswith(f"{split}_")]
-    return Found(media, *numbered(path, rows, RAFDB, [path]))
+def need(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple[Path, Path]:
+    """A set's folder and the split's list. UserError, with all that was looked for, if one is not
+    there."""
+    folder = data_root / dataset.folder
+    lists = lists_of(dataset, data_root, split, fold)
+    found = [path for path in lists if path.is_file()]
+    if folder.is_dir() and (found or not dataset.classes):
+        return folder, (found or lists)[0]
+    hint = "The drawn faces (--dataset synthetic) need no download: python tests/faces.py"
+    for other in CATALOGUE.values():
+        if other.lists == dataset.lists and (data_root / other.folder).is_dir():
+            hint = f"{data_root / other.folder} is that of --dataset {other.name}"
+    raise UserError(f"below --data-root there must be {folder} and {' or '.join(map(str, lists))}: "
+                    f"not all are there. {hint}")
 
 
-def voxceleb2(root: Path, split: str, fold: int, stride: int = 4) -> Found:
-    """Every video is a sample; a million are listed once, in files.txt beside them."""
-    media, = need(root, ["VoxCeleb2/dev/mp4", "VoxCeleb2"])
-    path = media / "files.txt"
-    if path.is_file() and (names := path.read_bytes().splitlines()):
-        return Found(media, np.array(names), [f"{path}: {len(names)} files, as listed then (delete it to list anew)"],
-                     stride)
-    names = list_videos(media)
-    part = path.with_name(f"files.{os.getpid()}.part")  # several processes may do this at once
+def lists_of(dataset: DataSet, data_root: Path, split: str, fold: int) -> list[Path]:
+    subset = "training" if split == "train" else "validation"               # AffectNet's words
+    paths = [path.format(split=split, subset=subset, fold=fold) for path in dataset.lists]
+    return [data_root / path for path in paths]
+
+
+def published_split(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple:
+    """Of a labelled set of the catalogue: a split's list, the folders that its names may be
+    relative to, its rows, the numbers that their labels stand for, and notes."""
+    folder, path = need(dataset, data_root, split, fold)
+    part = dataset.part.format(split=split)
+    rows = [row for row in read_list(path) if row.name.startswith(part)]
+    notes = []
+    if dataset.left_out and path.suffix == ".csv":
+        for label, word in enumerate(dataset.left_out, len(dataset.classes)):
+            kept = [row for row in rows if row.label != str(label)]
+            notes.append(f"left out: {len(rows) - len(kept)} {word}")
+            rows = kept
+    if not rows:
+        raise UserError(f"{path} holds no samples of the split")
+    for i, row in enumerate(rows):
+        stem, suffix = posixpath.splitext(row.name)
+        rows[i] = row._replace(name=dataset.file.format(stem=stem, suffix=suffix))
+    first = first_label(dataset, data_root) if dataset.labels_from_1 else 0
+    number = {str(first + i): i for i in range(len(dataset.classes))}
+    return path, [folder], rows, number, [f"{path}: labels count from {first}", *notes]
+
+
+def first_label(dataset: DataSet, data_root: Path) -> int:
+    """Whether a set's labels count from 0 or from 1. All of its lists that are there tell: one fold
+    need not hold the lowest or the highest label. UserError where it may be either."""
+    labels = set()
+    for split in ("train", "test"):
+        for fold in range(1, dataset.folds + 1):
+            for path in lists_of(dataset, data_root, split, fold):
+                if path.is_file():
+                    labels |= {row.label for row in read_list(path)}
+    highest = str(len(dataset.classes))
+    if "0" not in labels and highest not in labels:
+        raise UserError(f"the lists of {dataset.name} that are there have the labels "
+                        f"{', '.join(sorted(labels))}: neither 0 nor {highest} occurs, so they may "
+                        "count from 0 or from 1; put the data set's other lists there")
+    return 0 if "0" in labels else 1
+
+
+def label_numbers(path: Path, rows: list["Row"], number: dict[str, int]) -> np.ndarray:
+    """Labels (n,), as numbers. UserError for a label that stands for none."""
+    for row in rows:
+        if row.label not in number:
+            known = ", ".join(number) or "none"
+            raise UserError(f"{path}, line {row.line}: {row.name!r} has the label {row.label!r}: "
+                            f"expected {known}")
+    return np.array([number[row.label] for row in rows])
+
+
+def listed_videos(folder: Path, path: Path) -> tuple[np.ndarray, list[str]]:
+    """Names (n,) of VoxCeleb2's videos, and notes. A million are listed once, in the file `path`,
+    which is written whole."""
+    if path.is_file() and path.stat().st_size:
+        names = path.read_bytes().splitlines()
+        note = f"{path}: {len(names)} files, as listed then (delete it to list anew)"
+        return np.array(names), [note]
+    names = list_videos(folder)
+    part = path.with_name(f"files.{os.getpid()}.part")      # several processes may do this at once
     try:
         part.write_bytes(b"\n".join(names))
         os.replace(part, path)
         note = f"{path}: {len(names)} files listed now"
     except OSError as error:
-        note = f"{path} cannot be written, so that every start lists {media} anew: {error.strerror}"
+        note = f"{path} cannot be written, every start lists {folder} anew: {error.strerror}"
         with suppress(OSError):
             part.unlink()
-    return Found(media, np.array(names), [note], stride)
+    return np.array(names), [note]
 
 
-def list_videos(media: Path) -> list[bytes]:
-    """VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted. UserError if there are none, OSError for an unreadable folder."""
-    def folders(path: Path) -> list[str]:
-        return [entry.name for entry in os.scandir(path) if entry.is_dir()]
-
-    files = (f"{person}/{video}/{file}" for person in folders(media) if person.startswith("id")
-             for video in folders(media / person) for file in os.listdir(media / person / video)
-             if file.endswith(".mp4"))
-    names = sorted(map(os.fsencode, tqdm(files, f"listing {media}", unit=" videos")))
+def list_videos(folder: Path) -> list[bytes]:
+    """VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted. UserError if there are none."""
+    names = []
+    people = [person for person in folders_in(folder) if person.startswith("id")]
+    for person in tqdm(people, f"listing {folder}", unit=" people"):
+        for video in folders_in(folder / person):
+            for file in os.listdir(folder / person / video):
+                if file.endswith(".mp4"):
+                    names.append(os.fsencode(f"{person}/{video}/{file}"))
     if not names:
-        raise UserError(f"{media} holds no file id*/*/*.mp4")
-    return names
+        raise UserError(f"{folder} holds no file id*/*/*.mp4")
+    return sorted(names)
 
 
-def own_data(root: Path, split: str, fold: int, files: tuple[Path, ...]) -> Found:
-    """Lists with class names and with paths from the list's own folder."""
-    if split == "test" and len(files) < 2:
-        raise UserError(f"{files[0]} has no test file beside it: expected train.csv,test.csv")
-    path, media = files[split == "test"], Path(os.path.commonpath([file.parent for file in files]))
-    rows, classes = read_list(path, header=True), own_classes(files)
+def folders_in(path: Path) -> list[str]:
+    with os.scandir(path) as entries:       # which tells folders without asking for each
+        return [entry.name for entry in entries if entry.is_dir()]
+
+
+# ----------------------------------------------------------------------------- one's own data sets
+
+SPLIT_WORDS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
+
+
+def own_lists(name: str) -> tuple[Path, ...]:
+    """The training list of one's own data and, if there is one, the test list. In their place may
+    stand folders NAME/train and NAME/test, or NAME alone, with a folder for each class, as of
+    torchvision's ImageFolder."""
+    path = Path(os.path.abspath(name))
+    if path.is_dir():
+        parts = [part for part in folders_in(path) if part.lower() in SPLIT_WORDS]
+        found = {part.lower(): path / part for part in parts}
+        if found.keys() - {"train", "test"} or found.keys() == {"test"}:
+            raise UserError(f"{path} is divided into {', '.join(parts)}: expected train and test")
+        if not found:
+            return (path,)
+        return tuple(found[part] for part in ("train", "test") if part in found)
+    files = split_at_comma(name)
+    if not name.lower().endswith(".csv") or len(files) > 2:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or "
+                        "train.csv,test.csv, or a folder with train/CLASS/ and test/CLASS/")
+    return tuple(Path(os.path.abspath(file)) for file in files)
+
+
+def split_at_comma(name: str) -> list[str]:
+    """The files of "train.csv,test.csv"; another comma is a part of a folder's name."""
+    return re.split(r"(?<=\.csv),\s*", name, flags=re.IGNORECASE)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that the names of one's own list, or of such a folder, are relative to."""
+    return path if path.is_dir() else path.parent
+
+
+def own_rows(path: Path) -> list["Row"]:
+    """Samples with class names, of a list, or CLASS/FILE of a folder. UserError for a file beside
+    the classes."""
+    if not path.is_dir():
+        return read_list(path, own=True)
+    rows = []
+    for label in visible(path):
+        if not (path / label).is_dir():
+            raise UserError(f"{path / label} lies beside folders of classes: expected "
+                            f"{path / 'CLASS' / label}, or a list as train.csv")
+        for file in visible(path / label):
+            rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
+    if not rows:
+        raise UserError(f"{path} holds no samples: expected {path / 'CLASS' / 'FILE'}")
+    return rows
+
+
+def visible(folder: Path) -> list[str]:
+    """The names in a folder, but for what systems leave there."""
+    hidden = ("thumbs.db", "desktop.ini", "__macosx")
+    names = [name for name in os.listdir(folder) if name.lower() not in hidden]
+    return sorted((name for name in names if not name.startswith(".")), key=natural)
+
+
+def class_names(path: Path, rows: list["Row"]) -> tuple[str, ...]:
+    """The labels that occur, sorted. UserError for two that differ in capitals alone."""
+    first = {}
     for row in rows:
-        if row.label not in classes and (row.label or classes):
-            raise UserError(f"{path}, line {row.line}: class {row.label!r} does not occur in {files[0]}, which has "
-                            f"{', '.join(classes) or 'no labels'}")
-    folder = os.path.relpath(path.parent, media)
-    rows = [row._replace(name=os.path.normpath(os.path.join(folder, row.name))) for row in rows]
-    note = ", ".join(f"{i} {name}" for i, name in enumerate(classes)) or "no labels"
-    return Found(media, rows, [f"{path}: {note}"], OWN_DATA_STRIDE)
+        other = first.setdefault(row.label.casefold(), row)
+        if other.label != row.label:
+            raise UserError(f"{path}: {other.label!r} (line {other.line}, {other.name}) and "
+                            f"{row.label!r} (line {row.line}, {row.name}) look like one class: "
+                            "write them the same way")
+    return tuple(sorted({row.label for row in rows} - {""}))
 
 
-def own_classes(files: tuple[Path, ...]) -> tuple[str, ...]:
-    return tuple(sorted({row.label for row in read_list(files[0], header=True)} - {""}))
+def modality_of(paths: list[Path]) -> str:
+    """"image" or "video", what all of the files are. UserError if they differ.
+
+    The content tells, of the first file with each suffix, and of every GIF and WebP, which may be
+    either. What is not there goes by its suffix.
+    """
+    looked_at = {}
+    for path in paths:
+        suffix = path.suffix.lower()
+        looked_at.setdefault(path if suffix in (".gif", ".webp") else suffix, path)
+    found = {}
+    for path in looked_at.values():
+        clip = path.suffix.lower() not in IMAGE_SUFFIXES
+        if path.exists():
+            clip = is_clip(path)
+        found["video" if clip else "image"] = path
+    if len(found) > 1:
+        raise UserError(f"one data set has images ({found['image']}) and clips "
+                        f"({found['video']}): make two of it")
+    return next(iter(found))
 
 
-CATALOGUE = {dataset.name: dataset for dataset in (
-    DataSet("dfew", "video", DFEW, dfew, folds=5),
-    DataSet("ferv39k", "video", FERV39K, ferv39k),
-    DataSet("mafw", "video", MAFW, mafw, folds=5),
-    DataSet("affectnet-7", "image", AFFECTNET[:7], partial(affectnet, classes=7)),
-    DataSet("affectnet-8", "image", AFFECTNET, partial(affectnet, classes=8)),
-    DataSet("rafdb", "image", RAFDB, rafdb),
-    DataSet("voxceleb2", "video", (), voxceleb2, crop=VOXCELEB2_CROP),
-    # Drawn by tests/faces.py, in the same layouts
-    DataSet("synthetic", "video", DFEW, lambda root, *split: dfew(root / "synthetic", *split, stride=2), folds=5),
-    DataSet("synthetic-images", "image", AFFECTNET[:7], synthetic_images),
-    DataSet("synthetic-unlabelled", "video", (), lambda root, *split: voxceleb2(root / "synthetic", *split, stride=2),
-            crop=VOXCELEB2_CROP),
-)}
-OWN_DATA_STRIDE = 4                         # of clips: a window of 2.6 seconds at 25 frames per second, as for DFEW
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+def own_split(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple:
+    """Of one's own data the same as `published_split` of a set of the catalogue."""
+    if split == "test" and len(dataset.lists) == 1:
+        raise UserError(f"{dataset.lists[0]} has no test part beside it: expected "
+                        "train.csv,test.csv, or a folder with train and test")
+    path = dataset.lists[split == "test"]
+    rows = own_rows(path)
+    number = {label: i for i, label in enumerate(dataset.classes)}
+    note = ", ".join(f"{i} {label}" for label, i in number.items()) or "no labels"
+    if not dataset.classes:
+        number[""] = -1
+        if path.is_dir():
+            rows = [row._replace(label="") for row in rows]
+    return path, [folder_of(path), data_root], rows, number, [f"{path}: {note}"]
 
 
-def catalogue(name: str) -> DataSet:
-    """The data set of that name, or one's own: "train.csv,test.csv" or "train.csv". UserError if there is none."""
-    if name in CATALOGUE:
-        return CATALOGUE[name]
-    if not name.lower().endswith(".csv"):
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or train.csv,test.csv")
-    files = tuple(Path(os.path.abspath(file)) for file in name.split(","))
-    if len(files) > 2:
-        raise UserError(f"{name}: expected train.csv,test.csv or train.csv, not {len(files)} files")
-    shown = {}                              # whether it is a clip: an example
-    for file in files:
-        shown |= {shows_clip(file.parent / row.name): row.name for row in read_list(file, header=True)}
-    if len(shown) > 1:
-        raise UserError(f"{name} lists images ({shown[False]}) and clips ({shown[True]}): make two data sets of them")
-    return DataSet(",".join(map(str, files)), "video" if True in shown else "image", own_classes(files),
-                   partial(own_data, files=files))
-
-
-def short_name(name: str) -> str:
-    """A data set's name for folders: of one's own data, the training file's without .csv."""
-    return Path(name.split(",")[0]).stem
-
-
-def dataset_name(modality: str | None = None, labelled: bool = False, others: tuple[str, ...] = ()):
-    """A type for argparse: a data set of that modality, with classes if `labelled`, or one of the words in `others`."""
-    def check(name: str) -> str:
-        try:
-            dataset = None if name in others else catalogue(name)
-        except (UserError, OSError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        if dataset and (modality not in (None, dataset.modality) or labelled and not dataset.classes):
-            raise argparse.ArgumentTypeError(
-                f"{name} holds {dataset.modality}s {'with' if dataset.classes else 'without'} labels: expected "
-                f"{modality}s{' with labels' if labelled else ''}, or {' or '.join(others)}")
-        return dataset.name if dataset else name
-    return check
-
-
-def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
-                 stride: int | None = None) -> tuple[Samples, np.ndarray]:
-    """What a data set's "train" or "test" split lists, and which of it is there (n,) bool. UserError where the lists
-    or the folder are missing or odd."""
-    dataset = catalogue(name)
-    if not 1 <= fold <= dataset.folds:
-        raise UserError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
-    found = dataset.find(Path(data_root), split, fold)
-    notes = found.notes
-    if dataset.modality == "video" and stride not in (None, found.stride):
-        notes = [*notes, f"stride {stride} as given; the set's own is {found.stride}"]
-    own_stride = 1 if dataset.modality == "image" else stride or found.stride
-    if isinstance(found.rows, np.ndarray):
-        names, there, labels, people = found.rows, np.ones(len(found.rows), bool), np.full(len(found.rows), -1), None
-    else:
-        located, there = locate(found.root, [row.name for row in found.rows], dataset.modality)
-        names, number = np.array([os.fsencode(n) for n in located]), {c: i for i, c in enumerate(dataset.classes)}
-        labels = np.array([number.get(row.label, -1) for row in found.rows])
-        people = np.array([row.person.encode() for row in found.rows]) if found.rows[0].person else None
-    return Samples(dataset.name, dataset.modality, dataset.classes, found.root, names, labels, own_stride,
-                   tuple(notes), people, fold, dataset.crop, Path(data_root) if name in CATALOGUE else None), there
-
-
-def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: int | None = None) -> Samples:
-    """All samples of a data set's "train" or "test" split, with its own stride or another. UserError if anything that
-    it needs is missing or odd."""
-    samples, there = find_samples(name, data_root, split, fold, stride)
-    if not there.all():
-        forms = " as a folder of frames, .mp4, .avi, .gif or .webp" if samples.modality == "video" else ""
-        raise UserError(f"of {len(samples)} samples of {name}, {split}, fold {fold}, not in {samples.root}{forms}: "
-                        f"{few(samples.names[~there])} ({'; '.join(samples.notes)})")
-    return samples
-
-
-def digests_of(samples: Samples) -> np.ndarray:
-    """(n,) int64, sorted: a hash of each sample, by which a checkpoint remembers what it was trained on. It is of the
-    path below the data root, or of the absolute one of one's own data, whatever their list is called."""
-    root, data_root = samples.root, samples.data_root
-    place = os.path.realpath(root) if data_root is None else os.path.relpath(root, data_root)
-    hashes = [hashlib.blake2b(os.fsencode(f"{place}/") + name, digest_size=8).digest()
-              for name in samples.names.tolist()]
-    return np.sort(np.frombuffer(b"".join(hashes), np.int64))
-
-
-def identity_of(samples: Samples) -> str:
-    """What a checkpoint says of its data: the same names and labels in the same order give the same text."""
-    rows = b"\n".join(b"%s,%d" % row for row in zip(samples.names.tolist(), samples.labels.tolist()))
-    return (f"{samples.name}, fold {samples.fold}, stride {samples.stride}: {len(samples)} samples, fingerprint "
-            f"{hashlib.blake2b(rows, digest_size=8).hexdigest()}")
-
-
-def few(items) -> str:
-    """How many there are, and the first of them."""
-    items = [os.fsdecode(item) for item in items]
-    return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
-
-
-def need(root: Path, *wanted: list[str]) -> list[Path]:
-    """Of each list of paths the first that is there. UserError names all of them if one has none."""
-    found = [next((root / path for path in paths if (root / path).exists()), None) for paths in wanted]
-    if None in found:
-        lacking = " and ".join(" or ".join(str(root / path) for path in paths) for paths in wanted)
-        raise UserError(f"below --data-root there must be {lacking}: not all are there. The drawn faces (--dataset "
-                        "synthetic) need no download: python tests/faces.py")
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------- lists
+# ------------------------------------------------------------------------------------------ lists
 
 class Row(NamedTuple):
     """A line of a list; label and person are "" where it has no such column."""
@@ -612,272 +867,506 @@ class Row(NamedTuple):
     person: str = ""
 
 
-COLUMNS = {"path": "name", "video_name": "name", "subdirectory_filepath": "name", "label": "label", "labels": "label",
-           "id": "label", "expression": "label", "person": "person"}  # header words that occur
+HEADER = {                                  # words of header lines, by what the columns hold
+    "name": ("path", "file", "filename", "video", "image", "video_name", "subdirectory_filepath"),
+    "label": ("label", "labels", "emotion", "expression", "class"),
+    "person": ("person", "subject", "actor", "speaker")}
 
 
-def read_list(path: Path, header: bool = False) -> list[Row]:
-    """The lines of a list: .csv of name,label or with a header line of COLUMNS, or .txt of "name label".
-
-    header: one is required. UserError where the file cannot be read or is empty, and where a line is no such line or
-    leads out of the folder. A line of csv is a sample: a quote does not span lines.
-    """
-    comma, table = path.suffix.lower() == ".csv", []
-    if not path.is_file():
-        raise UserError(f"{path} is {'no file' if path.exists() else 'not there'}: expected a list of samples")
+def read_list(path: Path, own: bool = False) -> list[Row]:
+    """The lines of a list: .csv with a header, or .txt of "name label". A line is a sample: a quote
+    does not span lines. UserError for what is no list in UTF-8, or no such line. own: one's own."""
+    with open(path, "rb") as file:
+        if b"\0" in file.read(4):
+            raise UserError(f"{path} is UTF-16: save it as CSV UTF-8")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        for number, line in enumerate(lines, 1):
-            fields = next(csv.reader([line], strict=True), []) if comma else line.rsplit(None, 1)
-            if any(fields := [field.strip() for field in fields]):
-                table.append((number, fields))
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no list in UTF-8: {error}") from error
-    except csv.Error as error:
-        raise UserError(f"{path}, line {number}: {line.strip()!r}: {error}") from error
-    named = [COLUMNS.get(field.lower()) for field in table[0][1]] if table else []
-    columns, width = {column: i for i, column in enumerate(named) if column}, len(named)
-    if columns and ("name" not in columns or len(columns) < width - named.count(None)) or header and not columns:
-        raise UserError(f"{path}, line {table[0][0] if table else 1}: expected a header with one column of names and "
-                        "at most one of labels and of people; the words for them are "
-                        + ", ".join(f"{word} ({column})" for word, column in COLUMNS.items())
-                        + (f"; found {', '.join(table[0][1])}" if table else ""))
-    if columns:
-        table = table[1:]
-    else:
-        columns, width = {"name": 0, "label": 1}, 2
-    if not table:
-        raise UserError(f"{path} holds no samples: expected lines of name{',' if comma else ' '}label")
-    for number, fields in table:
+        raise UserError(f"{path} is not in UTF-8, but in GBK, Windows-1252 or the like: save it as "
+                        "CSV UTF-8") from error
+    is_csv = path.suffix.lower() == ".csv"
+    columns = {} if is_csv else {"name": 0, "label": 1}
+    width = len(columns)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{path}, line {number}: {line.strip()!r}"
+        try:
+            fields = next(csv.reader([line], strict=True), []) if is_csv else line.rsplit(None, 1)
+        except csv.Error as error:
+            raise UserError(f"{where}: {error}") from error
+        fields = [field.strip() for field in fields]
+        if not any(fields):
+            continue
+        if not columns:
+            columns = header_columns(fields, where, own)
+            width = len(fields)
+            continue
         if len(fields) != width or not all(fields[i] for i in columns.values()):
-            raise UserError(f"{path}, line {number}: {lines[number - 1].strip()!r}: expected {' and '.join(columns)}"
-                            f"{f' in a line of {width} columns' if comma else ''}")
-        name = fields[columns["name"]]
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            raise UserError(f"{path}, line {number}: {name!r} is no path below the data folder")
-    return [Row(number, **{column: fields[i] for column, i in columns.items()}) for number, fields in table]
-
-
-def numbered(path: Path, rows: list[Row], classes: tuple[str, ...],
-             counted: list[Path] = ()) -> tuple[list[Row], list[str]]:
-    """Rows whose labels are numbers -> rows whose labels are class names, and a note on what was found.
-
-    counted: all lists of a set that occurs with labels from 0 and from 1, which they tell together: one fold need not
-    hold the lowest or the highest label. UserError for a label that is no number or out of range.
-    """
-    def number(row: Row, path: Path) -> int:
-        if not re.fullmatch(r"[+-]?\d{1,9}", row.label):
-            raise UserError(f"{path}, line {row.line}: {row.name!r} has the label {row.label!r}, no whole number")
-        return int(row.label)
-
+            raise UserError(f"{where}: expected {' and '.join(columns)} in {width} columns")
+        values = {column: look(fields[i]) for column, i in columns.items()}
+        # As it is spelt, to find it in a folder; Windows separates by backslashes.
+        values["name"] = posixpath.normpath(fields[columns["name"]].replace("\\", "/"))
+        rows.append(Row(number, **values))
     if not rows:
-        raise UserError(f"{path} holds no samples of the split")
-    n, labels = len(classes), [number(row, path) for row in rows]
-    everywhere = labels + [number(row, other) for other in counted if other.is_file() for row in read_list(other)]
-    low, high, first = min(everywhere), max(everywhere), 0
-    note = f"{path}: labels run from {min(labels)} to {max(labels)}"
-    if counted and 1 <= low and high <= n:
-        if high < n:
-            raise UserError(f"{note}, and in all lists that are there from {low} to {high}: neither 0 nor {n} occurs, "
-                            "so they may count from 0 or from 1; put the data set's other lists there")
-        first, note = 1, f"{note}: counted from 1, mapped to 0 to {n - 1}"
-    for label in labels:
-        if not 0 <= label - first < n:
-            raise UserError(f"{path}: label {label} is out of range: {n} classes have labels 0 to {n - 1} "
-                            f"({', '.join(f'{i} {c}' for i, c in enumerate(classes))})"
-                            + ("; they seem to be counted from 1: subtract 1" if (low, high) == (1, n) else ""))
-    return [row._replace(label=classes[label - first]) for row, label in zip(rows, labels)], [note]
+        raise UserError(f"{path} holds no samples")
+    return rows
+
+
+def header_columns(fields: list[str], where: str, own: bool) -> dict[str, int]:
+    """Where names, labels and people stand below a header. UserError if it is none, or has no names
+    or two columns of a kind."""
+    found = []
+    for i, field in enumerate(fields):
+        for column, words in HEADER.items():
+            if look(field).lower() in words:
+                found.append((column, i))
+        if field == "id" and not own:       # FERV39K's word for labels
+            found.append(("label", i))
+    columns = dict(found)
+    if "name" in columns and len(columns) == len(found):
+        return columns
+    for separator, word in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in fields[0]:
+            raise UserError(f"{where}: {word} between the columns: export with commas")
+    words = ", ".join(HEADER["name"] + HEADER["label"] + HEADER["person"])
+    raise UserError(f"{where} is no header: expected path,label or path,label,person or path "
+                    f"(known words: {words})")
+
+
+def look(text: str) -> str:
+    """A name as it looks: composed letters, single spaces, nothing invisible."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return " ".join(text.split())
 
 
 def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.ndarray]:
-    """The files or folders that names stand for, and whether they are there (n,) bool; others keep their names.
+    """The files or folders that names stand for, and whether they are there (n,) bool; what is not
+    keeps its name. Names that look the same are the same.
 
-    Clips: a folder of frames, or a video in its place; numbers with or without leading zeros. Each folder is listed
-    once: asking for hundreds of thousands of files one by one takes minutes on a network disk.
+    A clip is a folder of frames, or a video in its place; numbers with or without leading zeros.
+    Each folder is listed once: asking for 100,000 files takes minutes on a network disk.
     """
+    clips = modality == "video"
+
+    def key(name: str) -> str:
+        name = look(name)
+        return name.lstrip("0") if clips and name.isdecimal() else name
+
     @cache
-    def entries(folder: str) -> frozenset[str]:
-        try:
-            return frozenset(os.listdir(root / folder))
-        except (FileNotFoundError, NotADirectoryError):
-            return frozenset()
+    def inside(folder: str) -> dict[str, str]:
+        """The paths in a folder: by their names, by their keys, by those without a suffix."""
+        if not os.path.isdir(root / folder):
+            folder = find(folder) if folder else None
+        if folder is None:
+            return {}
+        paths, by_key = {}, {}
+        for file in sorted(os.listdir(root / folder)):
+            paths[file] = posixpath.join(folder, file)
+            by_key.setdefault(key(file), paths[file])
+            stem, suffix = posixpath.splitext(file)
+            if clips and suffix in (".mp4", ".avi", ".gif", ".webp"):
+                by_key.setdefault(key(stem), paths[file])
+        return by_key | paths
 
     def find(name: str) -> str | None:
-        folder, slash, file = name.rpartition("/")
-        spellings, suffixes = [file], [""]
-        if modality == "video":
-            suffixes = ["", ".mp4", ".avi", ".gif", ".webp"]
-            spellings += [file.zfill(5), file.lstrip("0") or "0"] if file.isdecimal() else []
-        return next((folder + slash + spelling + suffix for spelling in spellings for suffix in suffixes
-                     if spelling + suffix in entries(folder)), None)
+        folder, file = posixpath.split(name)
+        paths = inside(folder)
+        return paths.get(file) or paths.get(key(file))
 
     found = [find(name) for name in names]
-    return [path or name for path, name in zip(found, names)], np.array([path is not None for path in found], bool)
+    there = np.array([path is not None for path in found], bool)
+    return [path or name for path, name in zip(found, names)], there
 
 
 def natural(name: str) -> list:
     """Sort key that puts frame 2 before frame 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if part.isdecimal() else part for part in parts]
 
 
-# --------------------------------------------------------------------------------------------------------- readers
+def shortened(items) -> str:
+    """How many there are, and the first of them."""
+    items = [os.fsdecode(item) for item in items]
+    return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
 
-UNREADABLE = (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error, Image.DecompressionBombError)
+
+# ---------------------------------------------------------------------------------------- readers
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
+                  ".avif", ".jp2", ".ppm", ".pgm")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
+                  ".ts", ".mts", ".3gp")
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")   # the pictures of a TIFF or MPO file are no frames
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+UNREADABLE = (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error,
+              Image.DecompressionBombError)  # what Pillow raises for damaged files
+FEW_FRAMES = 32                             # are decoded faster than a key frame is sought
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """An image as uint8 (3, H, W), upright. Its content, not its name, tells the format; of an animation the first.
-    UserError names a file that cannot be read."""
-    need_file(path)
+    """An image as uint8 (3, H, W), upright; of an animation or of several pages the first.
+
+    Its content, not its name, tells the format. UserError names a file that is no image.
+    """
+    image = open_picture(path)
+    if image is None:
+        raise UserError(f"{path} cannot be read as an image: it is of no known format")
     try:
-        with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "F":
-                raise ValueError("pixels of floating point have no agreed range: expected 8 or 16 bits")
-            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip instead of scale
-                image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
+        with image:
             return as_tensor(image)
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
-def as_tensor(image: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W), in memory channel last, which resizes fast."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+def open_picture(path: Path) -> Image.Image | None:
+    """What Pillow opens as a picture or an animation, whatever it is called; None if it is neither.
 
-
-def need_file(path: Path) -> None:
-    """UserError for what is no regular file: reading a pipe would wait for ever."""
+    UserError for HEIC, of which FFmpeg would show one tile, and for what is no file: reading a
+    pipe would wait for ever.
+    """
     if not os.path.isfile(path):
-        raise UserError(f"{path} is {'no file' if os.path.exists(path) else 'not there'}: expected an image or a video")
-
-
-def is_animated(path: Path) -> bool:
-    """Whether a file is a GIF or WebP of several frames."""
-    if path.suffix.lower() not in (".gif", ".webp") or not os.path.isfile(path):
-        return False
+        found = "no file" if os.path.exists(path) else "not there"
+        raise UserError(f"{path} is {found}: expected an image or a video")
     try:
-        with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) > 1
-    except UNREADABLE:                      # whoever reads it will say so
-        return False
-
-
-def shows_clip(path: Path) -> bool:
-    """Whether a path stands for a clip (a video, an animation, or else a folder of frames), not for an image."""
-    return path.suffix.lower() not in IMAGE_SUFFIXES or is_animated(path)
-
-
-def read_clip(path: Path, choose: Callable, each: Callable = lambda frame: frame) -> torch.Tensor:
-    """Some frames of a video file, an animated GIF or WebP or a folder of frames, uint8 (T, 3, H, W).
-
-    choose: a function from the number of frames n to the T frame numbers wanted, in any order, repeats allowed. each:
-    what every frame, (3, h, w), goes through as it is decoded. UserError names a file that cannot be decoded or has
-    fewer frames than it says.
-    """
-    sizes = set()
-
-    def fitted(frame: torch.Tensor) -> torch.Tensor:
-        sizes.add(tuple(frame.shape[1:]))
-        return each(frame)
-
-    if os.path.isdir(path):
-        wanted, frames = read_folder(path, choose, fitted)
-    else:
-        need_file(path)
-        wanted, frames = (read_animation if is_animated(path) else read_video)(path, choose, fitted)
-    if len(sizes) > 1:
-        raise UserError(f"{path}: frames of different sizes (height, width): {sorted(sizes)}. A folder of images is "
-                        "one clip: photographs are given one by one")
-    return torch.stack([frames[i].permute(1, 2, 0) for i in wanted]).permute(0, 3, 1, 2)  # channels last: resizes fast
-
-
-def read_folder(path: Path, choose: Callable, each: Callable) -> tuple[list[int], dict[int, torch.Tensor]]:
-    """The frame numbers chosen, and those frames, uint8 (3, h, w), of a folder."""
-    try:
-        files = sorted((f for f in os.listdir(path) if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")),
-                       key=natural)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not files:
-        raise UserError(f"{path} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
-    wanted = choose(len(files))
-    return wanted, {i: each(read_image(path / files[i])) for i in set(wanted)}
-
-
-def read_animation(path: Path, choose: Callable, each: Callable) -> tuple[list[int], dict[int, torch.Tensor]]:
-    """The same of an animated GIF or WebP."""
-    try:
-        with Image.open(path) as image:
-            wanted, frames = choose(image.n_frames), {}
-            for i in sorted(set(wanted)):
-                image.seek(i)
-                frames[i] = each(as_tensor(image))
-            return wanted, frames
+        image = Image.open(path)
+    except Image.UnidentifiedImageError:
+        with open(path, "rb") as file:
+            start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in HEIC:
+            raise UserError(f"{path} is a HEIC picture, which is not read: save it as JPEG or PNG "
+                            "(a picture viewer does, or heif-convert IN.heic OUT.jpg)") from None
+        return None
     except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read as an animation: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if image.format == "MPEG":              # a video, of which Pillow only knows the size
+        image.close()
+        return None
+    return image
 
 
-def read_video(path: Path, choose: Callable, each: Callable) -> tuple[list[int], dict[int, torch.Tensor]]:
-    """The same of a video file. Its packets are read twice, first for their times: held, they would fill memory."""
-    try:
-        with open_video(path) as container:
-            stream = container.streams.video[0]
-            length = path.stat().st_size
-            if any(entry.pos + entry.size > length for entry in stream.index_entries):
-                raise UserError(f"{path} is truncated: its index lists frames beyond the end of the file")
-            packets = [(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
-            timed = container.format.name.startswith(("mov,", "matroska"))
-        # Counted, not as declared; trimming without re-encoding leaves packets that are not to be shown.
-        times = [time for time, _, discarded in packets if not discarded]
-        wanted = choose(len(times)) if times else []
-        number = {}                         # of each frame by its time; empty where times cannot tell (AVI has none)
-        if timed and None not in times and len(set(times)) == len(times):
-            number = {time: i for i, time in enumerate(sorted(times))}
-        first, frames = min((time for time, i in number.items() if i in wanted), default=None), {}
-        keys = [i for i, (time, key, _) in enumerate(packets) if number and key and (time or 0) <= first]
-        if keys:                            # from the last key frame on, all that is shown later can be decoded
-            frames = decode(path, keys[-1], set(wanted), number, each)
-        if len(frames) < len(set(wanted)):
-            frames = decode(path, None, set(wanted), number, each)
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path} cannot be decoded: {error}") from error
-    missing = set(wanted) - frames.keys()
-    if missing or not wanted:
-        reason = f"frame {min(missing)} of {len(times)} cannot be decoded" if missing else "it has no frames"
-        raise UserError(f"{path} is truncated: {reason}")
-    return wanted, frames
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    """A picture as uint8 (3, H, W), upright, in memory channel last, which resizes fast."""
+    if image.mode == "F":
+        raise ValueError("pixels of floating point have no agreed range: expected 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):          # 16-bit grey, which `convert` would clip, not scale
+        image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def open_video(path: Path) -> av.container.InputContainer:
-    container = av.open(os.path.abspath(path), metadata_errors="ignore")  # FFmpeg takes a:b.mp4 for a URL
-    if not container.streams.video or container.streams.video[0].codec_context is None:
-        raise UserError(f"{path} has no video stream of a known kind")
-    container.streams.video[0].thread_count = 1  # loading processes run side by side already
-    return container
+def frames_in(image: Image.Image) -> int:
+    """The number of frames of a picture, 1 unless it is an animation."""
+    if image.format in ANIMATED:
+        return getattr(image, "n_frames", 1)
+    return 1
 
 
-def decode(path: Path, start: int | None, wanted: set[int], number: dict[int, int],
-           each: Callable) -> dict[int, torch.Tensor]:
-    """Wanted frames by their number, uint8 (3, h, w), upright.
+def is_clip(path: Path) -> bool:
+    """Whether a path is a clip (a folder of frames, an animation, a video), not an image.
 
-    start: the packet to begin with, and then what is neither wanted nor serves to predict other frames is not decoded;
-    None: everything is. number: frame numbers by time; where it is empty, frames are counted.
+    A file's content tells, not its name. What is neither picture nor video is taken for the kind
+    that it is called, and reading it is an error. UserError for HEIC, for a picture whose beginning
+    is damaged, and where there is no file.
     """
-    frames, counted, to_rgb = {}, count(), VideoReformatter()  # one reformatter keeps its tables
-    with open_video(path) as container:
-        codec = container.streams.video[0].codec_context
-        packets = (packet for packet in container.demux(video=0) if packet.size)
-        for packet in chain(islice(packets, start or 0, None), [None]):  # None: what the decoder still holds
-            if packet:
-                skipped = start is not None and number.get(packet.pts) not in wanted
-                codec.skip_frame = "NONREF" if skipped else "DEFAULT"
-            for frame in codec.decode(packet):
-                i = number.get(frame.pts) if number else next(counted)
-                if i in wanted:             # only these become RGB
-                    rgb = torch.from_numpy(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
-                    frames[i] = each(torch.rot90(rgb, round(frame.rotation / 90)).permute(2, 0, 1))
-            if len(frames) == len(wanted):
+    if os.path.isdir(path):
+        return True
+    image = open_picture(path)
+    if image is not None:
+        try:
+            with image:
+                return frames_in(image) > 1
+        except UNREADABLE as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
+        return True
+    with suppress(UserError, av.FFmpegError), open_video(path) as stream:
+        return stream.container.format.name.startswith(("mov,", "matroska", "mpegts", "avi"))
+    return False
+
+
+def read_clip(path: Path, which_frames: Callable, transform: Callable | None = None,
+              progress: Callable | None = None) -> torch.Tensor:
+    """Frames of a folder of images, of an animation or of a video, uint8 (T, 3, H, W).
+
+    which_frames: a function of the number of frames n and of the frames a second (None for a
+    folder), which gives the T frame numbers wanted, in any order, repeats allowed.
+    transform: what every frame (3, h, w) goes through as it is decoded, so that memory follows what
+    is kept. progress: a function that is called with the number of frames decoded so far.
+    UserError names a file that cannot be decoded or has fewer frames than it says.
+    """
+    clip = Clip(path, which_frames, transform, progress)
+    try:
+        if os.path.isdir(path):
+            read_folder(path, clip)
+        elif (image := open_picture(path)) is not None:
+            read_animation(image, clip)
+        else:
+            read_video(path, clip)
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a clip: {error.strerror}") from error
+    return clip.frames
+
+
+def video_length(path: Path) -> tuple[int, float | None]:
+    """The number of frames of a clip, counted, and its frames a second (None for a folder).
+
+    No frame is decoded, but of videos that begin between key frames. UserError as of `read_clip`.
+    """
+    lengths = []
+
+    def no_frames(n: int, rate: float | None) -> list[int]:
+        lengths.append((n, rate))
+        return []
+
+    read_clip(path, no_frames)
+    return lengths[0]
+
+
+def resampled(which_frames: Callable, n: int, rate: float | None, wanted_rate: float) -> list[int]:
+    """Frame numbers chosen as if a clip had `wanted_rate` frames a second, mapped to its own.
+
+    which_frames: a function of the number of frames alone. n, rate: of the clip; without a rate,
+    or with the same, nothing changes.
+    """
+    if rate is None or rate == wanted_rate:
+        return which_frames(n)
+    step = rate / wanted_rate
+    numbers = which_frames(max(1, round(n / step)))
+    return [min(int(number * step + 0.5), n - 1) for number in numbers]
+
+
+class Clip:
+    """The wanted frames of one clip, filled in by a reader one by one.
+
+    They are written into one tensor that is made with the first of them: kept each for itself
+    among the large frames that pass, they would leave holes in memory, which then grows.
+    """
+
+    def __init__(self, path: Path, which_frames: Callable, transform: Callable | None,
+                 progress: Callable | None):
+        self.path = path
+        self.which_frames = which_frames
+        self.transform = transform
+        self.progress = progress
+        self.decoded = 0
+        self.frames = None                                              # (T, 3, H, W)
+
+    def choose(self, n: int, rate: float | None) -> list[int]:
+        """The numbers of the frames to read, each once, in rising order."""
+        if n == 0:
+            raise UserError(f"{self.path} is truncated: it has no frames")
+        self.numbers = torch.tensor(list(self.which_frames(n, rate)))   # (T,)
+        return self.numbers.unique().tolist()
+
+    def count(self) -> None:
+        """One more frame is decoded."""
+        self.decoded += 1
+        if self.progress is not None:
+            self.progress(self.decoded)
+
+    def put(self, number: int, frame: torch.Tensor) -> None:
+        """Keep a frame (3, h, w) wherever its number is wanted."""
+        if self.transform is not None:
+            frame = self.transform(frame)
+        height, width = frame.shape[1:]
+        if self.frames is None:             # channel last in memory, which resizes fast
+            shape = (len(self.numbers), height, width, 3)
+            self.frames = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        if self.frames.shape[2:] != frame.shape[1:]:    # a detector's crops, a turned telephone
+            frame = v2.functional.resize(frame, self.frames.shape[2:], antialias=True)
+        for place in (self.numbers == number).nonzero().flatten().tolist():
+            self.frames[place] = frame
+
+
+def read_folder(path: Path, clip: Clip) -> None:
+    """Fill a clip from a folder whose images, in natural order, are its frames."""
+    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES)]
+    names = [name for name in sorted(names, key=natural) if not name.startswith(".")]
+    if not names:
+        raise UserError(f"{path} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
+    for number in clip.choose(len(names), None):
+        clip.put(number, read_image(path / names[number]))
+        clip.count()
+
+
+def read_animation(image: Image.Image, clip: Clip) -> None:
+    """Fill a clip from an animation, or from a picture, whose only frame it is."""
+    try:
+        with image:
+            n = frames_in(image)
+            milliseconds = 0
+            for number in range(n):
+                image.seek(number)
+                image.load()                # tells how long the frame is shown
+                milliseconds += image.info.get("duration", 0)
+            rate = 1000 * n / milliseconds if milliseconds else None
+            for number in clip.choose(n, rate):
+                image.seek(number)
+                clip.put(number, as_tensor(image))
+                clip.count()
+    except UNREADABLE as error:
+        raise UserError(f"{clip.path} cannot be read as an animation: {error}") from error
+
+
+class Packet(NamedTuple):
+    """What is kept of a packet, which holds one coded frame."""
+    time: int | None                        # at which the frame is shown
+    order: int | None                       # time at which it is decoded
+    key: bool                               # it needs no other frame
+    shown: bool                             # if not, it only serves to predict others
+
+
+def read_video(path: Path, clip: Clip) -> None:
+    """Fill a clip from a video: its packets are counted, then the wanted frames are decoded, each
+    group of them from the key frame before it.
+
+    Frames are told apart by the times at which they are shown. Where these cannot tell, everything
+    is decoded from the start and counted.
+    """
+    numbers = {}                            # of the frames by their times
+    with open_video(path) as stream:
+        container = stream.container
+        packets = [Packet(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard)
+                   for packet in container.demux(stream) if packet.size]
+        begin = packets[0] if packets else None
+        times = [packet.time for packet in packets if packet.shown]
+        if packets and begins_between_keys(times, packets, container.format.name):
+            # Players show what can be decoded, which only decoding tells.
+            begin = next((packet for packet in packets if packet.key), begin)
+            with open_video(path) as another:
+                times = [frame.pts for frame in decoded_frames(another, begin, clip)]
+        if can_seek(times, packets, container.format.name):
+            times.sort()
+            numbers = {time: number for number, time in enumerate(times)}
+        left = set(clip.choose(len(times), rate_of(stream, len(times))))
+        if numbers:
+            for start, wanted in groups_by_key_frame(sorted(left), times, packets):
+                with suppress(av.FFmpegError):  # then no frame is found here
+                    container.seek(start.order or start.time, stream=stream)
+                frames = decoded_frames(stream, start, clip, numbers, wanted)
+                left -= put_wanted(clip, frames, numbers, wanted)
+    if left:                                # the long way finds whatever can be decoded
+        with open_video(path) as stream:
+            left -= put_wanted(clip, decoded_frames(stream, begin, clip), numbers, left)
+    if left:
+        raise UserError(f"{path} is truncated: frame {min(left)} of {len(times)} cannot be decoded")
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[av.VideoStream]:
+    """A context with the first video stream of a file that is not its cover picture."""
+    file = os.path.abspath(path)            # FFmpeg takes a:b.mp4 for a URL
+    with av.open(file, metadata_errors="ignore") as container:
+        for stream in container.streams.video:
+            cover = stream.disposition & av.stream.Disposition.attached_pic
+            if stream.codec_context is not None and not cover:
                 break
-    return frames
+        else:
+            raise UserError(f"{path} has no video stream of a known kind")
+        size = os.path.getsize(path)
+        if any(entry.pos + entry.size > size for entry in stream.index_entries):
+            raise UserError(f"{path} is truncated: its index lists frames beyond its end")
+        stream.thread_count = 1             # loading processes run side by side already
+        yield stream
+
+
+def rate_of(stream: av.VideoStream, n: int) -> float | None:
+    """Frames a second of a video of n frames, None where the file does not tell."""
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate and stream.duration:
+        rate = n / (stream.duration * stream.time_base)
+    return float(rate) if rate else None
+
+
+def begins_between_keys(times: list[int | None], packets: list[Packet], container: str) -> bool:
+    """Whether a video begins with frames that are predicted from others, which it has not.
+
+    Without a first key frame it was received from some moment on; in a file that is no stream, that
+    frame is only damaged.
+    """
+    first = packets[0]
+    if None in times or first.time is None:
+        return True
+    received = container in ("mpegts", "mpeg", "mpegvideo", "h264", "hevc")
+    return received and not first.key or min(times, default=first.time) < first.time
+
+
+def can_seek(times: list[int | None], packets: list[Packet], container: str) -> bool:
+    """Whether times tell frames apart and lead to key frames."""
+    if not container.startswith(("mov,", "matroska", "mpegts")):
+        return False                        # AVI, for one, only tells the order of decoding
+    keys = [packet.time for packet in packets if packet.key]
+    orders = [packet.order for packet in packets if packet.order is not None]
+    if None in keys or None in times or len(set(times)) < len(times):
+        return False
+    # Times that fall back belong to a second recording in the same file.
+    rising = keys == sorted(keys) and orders == sorted(orders)
+    return rising and {packet.time for packet in packets}.issuperset(times)
+
+
+def groups_by_key_frame(wanted: list[int], times: list[int],
+                        packets: list[Packet]) -> list[tuple[Packet, set[int]]]:
+    """The wanted frame numbers in groups, each with the key frame where its decoding begins: the
+    last one that is shown no later. (In an open group of pictures, what is shown before a key frame
+    though stored behind it is predicted from the frames before, too.)
+    """
+    keys = [packet for packet in packets if packet.key]
+    key_times = [packet.time for packet in keys]
+    places = {packet.time: place for place, packet in enumerate(packets)}
+    found = []
+    reached = 0                             # place of the wanted frame before
+    for number in wanted:
+        time = times[number]
+        key = keys[max(0, bisect_right(key_times, time) - 1)]
+        if not found or places[key.time] > reached + FEW_FRAMES:
+            found.append((key, set()))
+        found[-1][1].add(number)
+        reached = places[time]
+    return found
+
+
+def decoded_frames(stream: av.VideoStream, start: Packet, clip: Clip,
+                   numbers: dict[int, int] | None = None,
+                   wanted: set[int] = frozenset()) -> Iterator[av.VideoFrame]:
+    """The frames of a video from a packet on, counted by the clip.
+
+    numbers, wanted: if given, frames that are not wanted may be left out where no others need
+    them, which saves a third of the time.
+    """
+    codec = stream.codec_context
+    # Other decoders do not heed the setting at once; and in damaged parts, which transport streams
+    # often have, a frame depends on every frame before it.
+    may_skip = codec.name in ("h264", "hevc") and stream.container.format.name != "mpegts"
+    packets = (packet for packet in stream.container.demux(stream) if packet.size)
+    packets = dropwhile(lambda packet: packet.pts != start.time, packets)
+    for packet in chain(packets, [None]):   # None: what the decoder still holds
+        if numbers and may_skip and packet is not None:
+            is_wanted = numbers.get(packet.pts) in wanted
+            codec.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        for frame in codec.decode(packet):
+            clip.count()
+            yield frame
+
+
+def put_wanted(clip: Clip, frames: Iterable[av.VideoFrame], numbers: dict[int, int],
+               wanted: set[int]) -> set[int]:
+    """Put those of a video's frames that are wanted into a clip, upright; returns their numbers.
+
+    numbers: of the frames by their times; if empty, frames are counted.
+    """
+    to_rgb = VideoReformatter()             # one for all frames keeps its tables
+    found = set()
+    for count, frame in enumerate(frames):
+        number = numbers.get(frame.pts) if numbers else count
+        if number in wanted:                # only these become RGB
+            rgb = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            upright = torch.rot90(torch.from_numpy(rgb), round(frame.rotation / 90))
+            clip.put(number, upright.permute(2, 0, 1))
+            found.add(number)
+        if len(found) == len(wanted):
+            break
+    return found

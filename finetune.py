@@ -1,87 +1,95 @@
-"""Stage 2: the pre-trained encoder gets experts and two heads, and is fine-tuned on images and clips together.
+"""Stage 2: the pre-trained encoder gets experts and two heads, and is fine-tuned on images and
+clips together.
 
-    torchrun finetune.py --dataset dfew --fold 1              DFEW and AffectNet-7, the paper's settings
-    python finetune.py --dataset synthetic                    the same on drawn faces and a tiny model
+    torchrun finetune.py --dataset dfew --fold 1    DFEW and AffectNet-7, the paper's settings
+    python finetune.py --dataset synthetic          the same on drawn faces and a tiny model
 
-Each mini-batch comes from one of the two sets and goes through its own head; Eq. (3) is in `JointLoss`. The loop
-around it is pretrain.py's `train`. After every epoch the model is tested; the last epoch and the best are reported.
+Each mini-batch comes from one of the two sets and goes through its own head; Eq. (3) is in
+`JointLoss`. The loop around it is pretrain.py's `train`. The model is tested after every epoch or
+every few; the last epoch and the best are reported.
 
-x: a micro-batch as in pretrain.py    labels: (B,)    C classes    n experts    N tokens    d token width
+x: a micro-batch as in pretrain.py    labels: (B,)    C classes    n experts    d token width
 """
 import argparse
-import os
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import (Samples, Schedule, Source, TrainingData, dataset_name, digests_of, hold_out, load_samples, short_name,
-                  to_float)
+from data import (Samples, Schedule, Source, TrainingData, dataset_name, hold_out, load_samples,
+                  overlap, short_name)
 from evaluate import evaluate, gate_statistics, table
-from model import EXPERT_SETTINGS, S4D, SIZES, UserError, at_least_fp32, initialise, modality, read_checkpoint, rebuild
-from pretrain import (Process, Rate, RunFolder, common_settings, decayed, describe, guarded, number, parse, start,
-                      train)
+from model import (EXPERT_SETTINGS, S4D, SIZES, UserError, at_least_fp32, initialise,
+                   load_checkpoint, modality, read_checkpoint)
+from pretrain import (Process, Rate, RunFolder, common_settings, count, decayed, describe, guarded,
+                      parse, positive, say_next, share, start, train)
 
 # With --size tiny, the default on drawn faces: what learns in minutes on two cores.
-TINY = dict(epochs=14, batch_size=16, micro_batch=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9, augment="light",
-            mixing=0.0)
+TINY = dict(epochs=14, batch_size=16, micro_batch=16, lr=2e-3, warmup_epochs=2, layer_decay=0.9,
+            augment="light", mixing=0.0, test_every=2)
 
 
 def settings() -> argparse.ArgumentParser:
-    """Every setting of stage 2; the defaults are the paper's (Section IV-B), where it has none the released code's."""
+    """Every setting of stage 2. Defaults: the paper's (Section IV-B), else the released code's."""
     p = common_settings(__doc__, TINY)
-    p.add_argument("--dataset", default="dfew", type=dataset_name("video", labelled=True, others=("none",)),
-                   help="labelled clips, or none")
-    p.add_argument("--image-dataset", type=dataset_name("image", labelled=True, others=("none",)),
-                   help="labelled images, or none (affectnet-7, or synthetic-images)")
-    p.add_argument("--pretrained", help="stage-1 checkpoint, or none (last.pt of pretrain.py's default run)")
-    p.add_argument("--epochs", type=number(int, 1), default=100, help="passes over the clips")
-    p.add_argument("--batch-size", type=number(int, 1), default=32, help="clips of a step, over all processes")
-    p.add_argument("--image-batch-size", type=number(int, 1), help="images of a step (twice the clips)")
-    p.add_argument("--lr", type=number(float, 0), default=4e-5, help="peak learning rate, for 32 clips a step")
-    p.add_argument("--warmup-epochs", type=number(float, 0), default=5,
-                   help="epochs in which the learning rate rises, at most half of all")
-    p.add_argument("--layer-decay", type=number(float, 0, 1), default=0.75,
-                   help="learning rate of a layer over that of the next")
-    p.add_argument("--image-share", type=number(float, 1e-6, 1e3), default=0.5,
-                   help="images that an epoch draws, by their number; classes equally often")
-    p.add_argument("--augment", choices=["paper", "light"], default="paper", help="light: horizontal flip only")
-    p.add_argument("--mixing", type=number(float, 0, 1), default=1.0,
-                   help="share of micro-batches with mixup 0.8 or cutmix 1.0")
-    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), default=0.1, help="of cross-entropy's targets")
-    p.add_argument("--experts", type=number(int, 1, 1024), default=8, help="experts in a MoAE layer, n")
-    p.add_argument("--expert", choices=["adapter", "ffn"], default="adapter",
-                   help="adapter: beside the FFN; ffn: ViT-MoE, copies of the pre-trained FFN replace it")
-    p.add_argument("--k", type=number(int, 1, 1024), default=2,
-                   help="experts per token; 1 leaves the gate untrained, as its weight is 1 whatever it says")
-    p.add_argument("--adapter-width", type=number(int, 1, 65536), help="width r (a quarter of the token width)")
-    p.add_argument("--moae-layers", default="later", help="layers with experts: early, middle, later or alternate "
-                   "(half of the layers each), none, or a list as 6,7,8, counted from 0")
-    p.add_argument("--sigma", type=number(float, 0), help="fixed deviation of the gate's noise (learned)")
-    p.add_argument("--no-residual", action="store_true", help="leave out the residual x of Eq. (8), as released")
-    p.add_argument("--balance", type=number(float, 0), default=0.0,
-                   help="weight of Switch Transformer's balancing loss (the paper has none)")
-    p.add_argument("--validation", type=number(float, 0, 0.99), default=0.0,
-                   help="share of the training fold held out to choose the best epoch (0: the test fold chooses)")
+    add = p.add_argument
+    videos = dataset_name("video", labelled=True, others=("none",))
+    images = dataset_name("image", labelled=True, others=("none",))
+    add("--dataset", default="dfew", type=videos, help="labelled clips, or none")
+    add("--image-dataset", type=images, help="labelled images (affectnet-7, or synthetic-images)")
+    add("--pretrained", help="checkpoint, or none (last.pt of pretrain.py's default run)")
+    add("--epochs", type=count, default=100, help="passes over the clips")
+    add("--batch-size", type=count, default=32, help="clips of a step, over all processes")
+    add("--image-batch-size", type=count, help="images of a step (twice the clips)")
+    add("--lr", type=positive, default=4e-5, help="peak learning rate, for 32 clips a step")
+    add("--warmup-epochs", type=positive, default=5,
+        help="epochs in which the learning rate rises, at most half of all")
+    add("--layer-decay", type=share, default=0.75, help="rate of a layer over that of the next")
+    add("--image-share", type=positive, default=0.5,
+        help="images that an epoch draws, by their number; classes equally often")
+    add("--augment", choices=["paper", "light"], default="paper", help="light: flips only")
+    add("--mixing", type=share, default=1.0, help="share of micro-batches mixed by mixup or cutmix")
+    add("--label-smoothing", type=share, default=0.1, help="of cross-entropy's targets")
+    add("--experts", type=count, default=8, help="experts in a MoAE layer, n")
+    add("--expert", choices=["adapter", "ffn"], default="adapter",
+        help="adapter: beside the FFN; ffn: ViT-MoE, copies of the pre-trained FFN replace it")
+    add("--k", type=count, default=2,
+        help="experts per token; 1 leaves the gate untrained, as its weight is 1 whatever it says")
+    add("--adapter-width", type=count, help="width r (a quarter of the token width)")
+    add("--moae-layers", default="later", help="layers with experts: early, middle, later or "
+        "alternate (half of the layers each), none, or a list as 6,7,8, counted from 0")
+    add("--sigma", type=positive, help="fixed deviation of the gate's noise (learned)")
+    add("--no-residual", action="store_true", help="without the residual x of Eq. (8), as released")
+    add("--validation", type=share, default=0.0, help="share of the training fold held out to "
+        "choose the best epoch, whole people where they are known (0: the test fold chooses)")
+    add("--test-every", type=count, default=1, help="epochs from a test to the next")
     return p
 
 
+def size_of_pretrained(args) -> str:
+    """The size of the checkpoint that --pretrained names, or base."""
+    if args.pretrained in (None, "none") or not Path(args.pretrained).exists():
+        return "base"
+    return read_checkpoint(args.pretrained)["architecture"]["size"]
+
+
 def main() -> None:
-    args = parse(settings(), TINY)
+    args = parse(settings(), TINY, size_of_pretrained)
     drawn = args.dataset == "synthetic"
-    args.image_dataset = args.image_dataset or ("synthetic-images" if drawn else "affectnet-7")
+    if args.image_dataset is None:
+        args.image_dataset = "synthetic-images" if drawn else "affectnet-7"
+    if args.pretrained is None:
+        args.pretrained = f"runs/pretrain-{'synthetic' if drawn else 'voxceleb2'}/last.pt"
     args.output = args.output or Path("runs") / short_name(args.dataset) / f"fold{args.fold}"
-    args.pretrained = args.pretrained or f"runs/pretrain-{'synthetic' if drawn else 'voxceleb2'}/last.pt"
-    if args.pretrained != "none":
-        args.pretrained = os.path.abspath(args.pretrained)
-    process = start(args.size)
+    process = start(args.size, args.precision)
     sources, validation, test = draw_from(args)
-    folder = RunFolder(process, args, "finetune", {m: source.samples for m, source in sources.items()},
-                       validation or test)
+    samples = {f"train {m}": source.samples for m, source in sources.items()}
+    samples |= {f"test {m}": test[m] for m in test}
+    folder = RunFolder(process, args, "finetune", samples, args.pretrained)
 
     torch.manual_seed(args.seed)
     classes = [sources[m].samples.classes if m in sources else () for m in ("image", "video")]
@@ -91,59 +99,74 @@ def main() -> None:
     optimizer, rate = optimisation(args, model, schedule.steps_per_epoch())
     describe(process, args, model, sources, rate, loaded)
 
-    def end_of_epoch() -> dict:
+    def test_now() -> dict:
         scores, gates = {}, {}
         for m, samples in (validation or test).items():
             scores[m], observed = evaluate(model, samples, process, args.workers)
             gates[m] = gate_statistics(model, observed.activation)
-        return {"score": scores["video" if "video" in scores else "image"]["war"],
-                "validation" if validation else "test": scores, "gates": gates}
+        score = scores["video" if "video" in scores else "image"]["war"]
+        return {"score": score, "validation" if validation else "test": scores, "gates": gates}
 
-    objective = JointLoss(model, args.mixing, args.label_smoothing, args.balance)
-    train(process, args, folder, model, objective, optimizer, rate, schedule,
-          data=TrainingData(sources, "finetune", model.size, args.augment), end_of_epoch=end_of_epoch)
-    report(process, args, test, "held-out training data" if validation else "the test fold itself")
+    objective = JointLoss(model, args.mixing, args.label_smoothing)
+    data = TrainingData(sources, "finetune", model.size, args.augment)
+    state = train(process, args, folder, model, objective, optimizer, rate, schedule, data, test_now)
+    report(process, args, state, test)
+    say_next(process, args, "evaluate.py", "--checkpoint", folder.last, "--report",
+             args.output / "report")
 
 
 def draw_from(args) -> tuple[dict[str, Source], dict[str, Samples], dict[str, Samples]]:
-    """Training sources, validation samples (empty without --validation) and test samples, by modality."""
+    """Training sources, validation samples (empty without --validation) and test samples, by
+    modality. UserError if a test sample is a training sample too."""
     sources, validation, test = {}, {}, {}
     micro = args.micro_batch or -(-args.batch_size // 2)
-    for m, name, fold, batch in (("video", args.dataset, args.fold, args.batch_size),
-                                 ("image", args.image_dataset, 1, args.image_batch_size or 2 * args.batch_size)):
+    image_batch = args.image_batch_size or 2 * args.batch_size
+    image_micro = -(-micro * image_batch // args.batch_size)
+    for m, name in (("video", args.dataset), ("image", args.image_dataset)):
         if name == "none":
             continue
-        samples, test[m] = (load_samples(name, args.data_root, split, fold, args.stride) for split in ("train", "test"))
-        if known := np.isin(digests_of(test[m]), digests_of(samples)).sum():
-            raise UserError(f"{known} of the {len(test[m])} test samples of {name} are training samples too")
+        fold = args.fold if m == "video" else 1
+        samples = load_samples(name, args.data_root, "train", fold, args.stride)
+        test[m] = load_samples(name, args.data_root, "test", fold, args.stride)
+        shared = overlap(samples, test[m])
+        if shared:
+            raise UserError(shared)
+        if m == "video":
+            samples = replace(samples, box=args.crop)
+            test[m] = replace(test[m], box=args.crop)
         if args.validation:
             samples, validation[m] = hold_out(samples, args.validation, args.seed)
-        sources[m] = Source(samples, batch, -(-micro * batch // args.batch_size), balanced=m == "image",
-                            share=args.image_share if m == "image" else 1.0)
+        if m == "video":
+            sources[m] = Source(samples, args.batch_size, micro)
+        else:
+            sources[m] = Source(samples, image_batch, image_micro, args.image_share, balanced=True)
     if not sources:
         raise UserError("--dataset none and --image-dataset none leave nothing to train on")
     return sources, validation, test
 
 
 def build(args, classes: list, saved: dict | None) -> tuple[S4D, str]:
-    """The model, initialised from --pretrained, and what to say of it. A run that goes on (`saved`) does not need that
-    file any more. UserError if it is missing or does not fit."""
+    """The model, initialised from --pretrained, and what to say of it. A run that goes on (`saved`)
+    does not need that file any more. UserError if it is missing or does not fit."""
     if args.expert == "ffn" and (args.no_residual or args.adapter_width):
-        raise UserError("--expert ffn has no adapters: --no-residual and --adapter-width do not apply")
+        raise UserError("--expert ffn has no adapters for --no-residual or --adapter-width")
     given = saved
     if given is None and args.pretrained != "none":
         if not Path(args.pretrained).exists():
-            raise UserError(f"there is no stage-1 checkpoint {args.pretrained}: run pretrain.py first, or give "
-                            "--pretrained FILE, or --pretrained none to train from scratch")
+            raise UserError(f"there is no stage-1 checkpoint {args.pretrained}: run pretrain.py "
+                            "first, or give --pretrained FILE, or none to train from scratch")
         given = read_checkpoint(args.pretrained)
-    experts = dict(experts=args.experts, k=args.k, adapter_width=args.adapter_width, sigma=args.sigma,
+    experts = dict(experts=args.experts, k=args.k, adapter_width=args.adapter_width,
                    moae_layers=layers_with_experts(args.moae_layers, SIZES[args.size].depth),
-                   residual=not args.no_residual, expert=args.expert)
+                   sigma=args.sigma, residual=not args.no_residual, expert=args.expert)
     if given and given["stage"] == "finetune":
-        experts = {name: given["architecture"][name] for name in EXPERT_SETTINGS if name in given["architecture"]}
+        theirs = given["architecture"]
+        experts = {name: theirs[name] for name in EXPERT_SETTINGS if name in theirs}
     model = S4D(args.size, *classes, **experts)
-    if saved or given is None:
-        return model, f"to be continued from {args.output}" if saved else "trained from scratch"
+    if saved:
+        return model, f"to be continued from {args.output}"
+    if given is None:
+        return model, "trained from scratch"
     loaded = initialise(model, given, args.pretrained)
     if given["stage"] == "finetune":
         loaded += f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
@@ -151,87 +174,99 @@ def build(args, classes: list, saved: dict | None) -> tuple[S4D, str]:
 
 
 def optimisation(args, model: S4D, steps_per_epoch: int) -> tuple[torch.optim.AdamW, Rate]:
-    """Section IV-B: AdamW with layer-wise decay, and a rate for 32 clips a step, in proportion for others."""
-    lr, depth, steps = args.lr * args.batch_size / 32, model.size.depth, args.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay,
-                                          lambda name: args.layer_decay ** (depth + 1 - layer_of(name, depth))),
-                                  lr, betas=(0.9, 0.999), fused=True)
+    """Section IV-B: AdamW with layer-wise decay, and a rate for 32 clips a step, in proportion for
+    others."""
+    def scale(name: str) -> float:
+        return args.layer_decay ** (depth + 1 - layer_of(name, depth))
+
+    depth = model.size.depth
+    lr = args.lr * args.batch_size / 32
+    groups = decayed(model.named_parameters(), args.weight_decay, scale)
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
+    steps = args.epochs * steps_per_epoch
     warmup = min(int(args.warmup_epochs * steps_per_epoch), steps // 2)
     return optimizer, Rate(lr, warmup, steps, first=1.25e-7, end=1.25e-7)
 
 
 def layers_with_experts(text: str, depth: int) -> list[int]:
-    """Table VIII's positions, "none", or numbers separated by commas. UserError for anything else."""
+    """Table VIII's positions, "none", or numbers separated by commas. UserError for others."""
     half = depth // 2
-    positions = {"none": [], "early": range(half), "middle": range(depth // 4, depth // 4 + half),
-                 "later": range(depth - half, depth), "alternate": range(1, depth, 2)}
+    positions = {
+        "none": range(0),
+        "early": range(half),
+        "middle": range(depth // 4, depth // 4 + half),
+        "later": range(depth - half, depth),
+        "alternate": range(1, depth, 2),
+    }
+    if text in positions:
+        return list(positions[text])
     try:
-        return list(positions[text] if text in positions else map(int, text.split(",")))
+        return [int(layer) for layer in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--moae-layers {text!r}: expected {', '.join(positions)}, or numbers as 6,7,8") from error
+        raise UserError(f"--moae-layers {text!r}: expected {', '.join(positions)}, or numbers as "
+                        "6,7,8") from error
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Place of a parameter for layer-wise decay: 0 the patch embedding, 1 to depth the layers,
+    depth + 1 the heads."""
+    if name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
 
 
 class JointLoss(nn.Module):
     """Cross-entropy of a single-source mini-batch (Section III-C), as the module that DDP wraps."""
 
-    def __init__(self, model: S4D, mixing: float = 0.0, label_smoothing: float = 0.0, balance: float = 0.0):
+    def __init__(self, model: S4D, mixing: float = 0.0, label_smoothing: float = 0.0):
         super().__init__()
-        self.model, self.mixing, self.label_smoothing, self.balance = model, mixing, label_smoothing, balance
-        self.mix = {m: v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=head.out_features),
-                                        v2.CutMix(alpha=1.0, num_classes=head.out_features)])
-                    for m, head in model.head.items()}
+        self.model = model
+        self.mixing = mixing
+        self.label_smoothing = label_smoothing
+        self.mix = {}
+        for m, head in model.head.items():
+            mixup = v2.MixUp(alpha=0.8, num_classes=head.out_features)
+            cutmix = v2.CutMix(alpha=1.0, num_classes=head.out_features)
+            self.mix[m] = v2.RandomChoice([mixup, cutmix])
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        x = to_float(x)
         m = modality(x)
         if torch.rand(()) < self.mixing:
-            # torchvision mixes five dimensions only of what is called a video. labels: (B, C) from here on
-            x, labels = self.mix[m](x if m == "image" else tv_tensors.Video(x), labels)
+            # torchvision mixes five dimensions only of what is called a video
+            mixable = x if m == "image" else tv_tensors.Video(x)
+            x, labels = self.mix[m](mixable, labels)                # labels: (B, C) from here on
             x = x.as_subclass(torch.Tensor)
-        loss = F.cross_entropy(at_least_fp32(self.model(x)), labels, label_smoothing=self.label_smoothing)
+        logits = at_least_fp32(self.model(x))                       # (B, C)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         alpha = 1 if m == "video" else 0
-        loss_image, loss_video = (0, loss) if alpha else (loss, 0)          # so that in the end total = loss
-        # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic expressions: images and videos
+        loss_image, loss_video = (0, loss) if alpha else (loss, 0)  # so that in the end total = loss
+        # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic
+        # expressions: images and videos
         total = (1 - alpha) * loss_image + alpha * loss_video
-        # The other head's gradient is 0, not None: DDP waits for it, and AdamW's decay and moments go on, as released.
+        # The other head's gradient is 0, not None: DDP waits for it, and AdamW's decay and moments
+        # go on, as released
         total = total + 0 * sum(p.sum() for p in self.model.head.parameters())
-        if self.balance:
-            total = total + self.balance * balancing_loss(self.model)
         return weight * total
 
 
-def balancing_loss(model: S4D) -> torch.Tensor:
-    """n sum_i f_i P_i of Switch Transformer, mean over layers: f_i the share of assignments that expert i got, P_i its
-    mean probability before noise and top-k. It is 1 when both are even. 0 for a model without experts."""
-    losses = [torch.zeros(())]
-    for block in model.blocks:
-        if block.moe_layer is not None:
-            logits, chosen = block.moe_layer.router.latest
-            n = logits.shape[-1]
-            share = F.one_hot(chosen, n).flatten(0, -2).float().mean(0)
-            losses.append(n * (share * logits.softmax(-1).flatten(0, -2).mean(0)).sum())
-    return torch.stack(losses[1:]).mean() if len(losses) > 1 else losses[0]
-
-
-def layer_of(name: str, depth: int) -> int:
-    """Place of a parameter for layer-wise decay: 0 the patch embedding, 1 to depth the layers, depth + 1 the heads."""
-    if name.startswith("patch_embed."):
-        return 0
-    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
-
-
-def report(process: Process, args, test: dict[str, Samples], chosen_by: str) -> None:
-    """Test the last epoch and the best one, and say which data chose it."""
-    process.barrier()                       # the first process writes these files
-    for file, title in (("last.pt", "last epoch"), ("best.pt", f"best epoch, chosen by WAR on {chosen_by}")):
-        path = args.output / file
-        checkpoint = read_checkpoint(path)
-        epoch, model = checkpoint["state"]["epoch"], rebuild(checkpoint, path).to(process.device)
-        for samples in test.values():
-            scores, _ = evaluate(model, samples, process, args.workers)
-            if process.main:
-                print(f"\n{samples.name}, {len(samples)} test samples, {path}: epoch {epoch}, {title}\n"
-                      f"{table(scores, samples.classes)}")
+def report(process: Process, args, state: dict, test: dict[str, Samples]) -> None:
+    """Print the test scores of the last epoch and of the best one, and which data chose it."""
+    chooser = "held-out training data" if args.validation else "the test fold itself"
+    titles = {"last": "last epoch", "best": f"best epoch, chosen by WAR on {chooser}"}
+    process.barrier()                       # the first process writes the checkpoints
+    for name, title in titles.items():
+        path = args.output / f"{name}.pt"
+        record = state[name]
+        scores = record.get("test", {})
+        if args.validation:                 # only now are the test data looked at
+            model = load_checkpoint(path).to(process.device)
+            for m, samples in test.items():
+                scores[m], _ = evaluate(model, samples, process, args.workers)
+        for m, samples in test.items() if process.main else ():
+            print(f"\n{samples.name}, {len(samples)} test samples, {path}: epoch "
+                  f"{record['epoch']}, {title}\n{table(scores[m], samples.classes)}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,33 @@
-"""Stage 1: one encoder-decoder is pre-trained as a masked autoencoder on face images and face videos together.
+"""Stage 1: one encoder-decoder is pre-trained as a masked autoencoder on face images and clips.
 
-    torchrun pretrain.py                          VoxCeleb2 clips and AffectNet-8 images, the paper's settings
-    python pretrain.py --dataset synthetic        the same on drawn faces and a tiny model, in minutes on a CPU
+    torchrun pretrain.py                          VoxCeleb2 and AffectNet-8, the paper's settings
+    python pretrain.py --dataset synthetic        drawn faces and a tiny model, minutes on a CPU
 
-First comes what is stage 1: its settings, `main`, and Eq. (2) as the `objective`. Then `train`, the loop of both
-stages, and below the line of '=' what they share: settings, processes, a run's folder, to be skipped at first.
-One process or many, on one kind of device, give the same losses up to summation order: an optimiser step is a fixed
-list of micro-batches, dealt to the processes (data.py), each with a seed of its own.
+First comes what is stage 1: its settings, `main`, and Eq. (2) as the `objective`. Then `train`, the
+loop of both stages, and below the line of '=' what they share, to be skipped at first. One process
+or many give the same losses up to the order of summation: an optimiser step is a fixed list of
+micro-batches, dealt to the processes (data.py), each with a seed of its own.
 
-x: a micro-batch of B images uint8 (B, 3, H, W), or of B clips of T frames uint8 (B, T, 3, H, W)
+x: a micro-batch of B images (B, 3, H, W), or of B clips of T frames (B, 3, T, H, W), normalised
 """
 import argparse
 import ctypes
-import fcntl
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import platform
-import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -34,85 +35,97 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Samples, Schedule, Source, TrainingData, dataset_name, digests_of, identity_of, load_samples, loader,
-                  short_name, to_float)
-from model import (MASK_RATIO, SIZES, Layer, MaskedAutoencoder, UserError, load_weights, masked_tokens, modality,
-                   read_checkpoint, whole_file)
+from data import (Samples, Schedule, Source, TrainingData, dataset_name, frame_rate, load_samples,
+                  loader, short_name, to_float)
+from model import (MASK_RATIO, SIZES, Layer, MaskedAutoencoder, UserError, load_weights,
+                   masked_tokens, modality, read_checkpoint, whole_file)
 
-# With --size tiny, the default on drawn faces: what learns in minutes on two cores. Its few tokens are masked less, so
-# that as many stay visible as the paper's ratios leave: 10 of an image's 36 tokens (the paper's: 10 of 100), and 5 in
-# each time slot of a clip.
-TINY = dict(epochs=20, batch_size=16, micro_batch=16, lr=0.024, image_mask_ratio=0.73, video_mask_ratio=0.862)
+# With --size tiny, the default on drawn faces: what learns in minutes on two cores. Its few tokens
+# are masked less, so that as many stay visible as the paper's ratios leave: 10 of an image's 36
+# tokens (the paper's: 10 of 100), and 5 in each time slot of a clip.
+TINY = dict(epochs=20, batch_size=16, micro_batch=16, lr=0.024, image_mask_ratio=0.73,
+            video_mask_ratio=0.862)
 
 
 def settings() -> argparse.ArgumentParser:
-    """Every setting of stage 1; the defaults are the paper's (Section IV-B), where it has none the released code's."""
+    """Every setting of stage 1. Defaults: the paper's (Section IV-B), else the released code's."""
     p = common_settings(__doc__, TINY)
-    p.add_argument("--dataset", default="voxceleb2", type=dataset_name("video", others=("none",)),
-                   help="videos, or none")
-    p.add_argument("--image-dataset", type=dataset_name("image", others=("none", "frames")),
-                   help="images; frames = one of each video; or none (affectnet-8, or synthetic-images)")
-    p.add_argument("--epochs", type=number(int, 1), default=100, help="each draws as many samples as the data have")
-    p.add_argument("--batch-size", type=number(int, 1), default=384, help="samples of a step, over all processes")
-    p.add_argument("--lr", type=number(float, 0), default=1.6e-3, help="base learning rate, for 512 samples a step")
-    p.add_argument("--warmup", type=number(float, 0, 1), default=0.05, help="share of steps in which the rate rises")
+    add = p.add_argument
+    videos = dataset_name("video", others=("none",))
+    images = dataset_name("image", others=("none", "frames"))
+    add("--dataset", default="voxceleb2", type=videos, help="videos, or none")
+    add("--image-dataset", type=images,
+        help="images, none, or frames: one of each video (affectnet-8, or synthetic-images)")
+    add("--epochs", type=count, default=100, help="each draws as many samples as the data have")
+    add("--batch-size", type=count, default=384, help="samples of a step, over all processes")
+    add("--lr", type=positive, default=1.6e-3, help="base learning rate, for 512 samples a step")
+    add("--warmup", type=share, default=0.05, help="share of steps in which the rate rises")
     for m in ("video", "image"):
-        p.add_argument(f"--{m}-mask-ratio", type=number(float, 0, 1), default=MASK_RATIO[m],
-                       help=f"share of the tokens of {m}s that is hidden")
-    p.add_argument("--image-share", type=number(float, 1e-6, 1e3), default=1.0,
-                   help="share of the images that an epoch sees")
-    p.add_argument("--repeats", type=number(int, 1), default=4, help="crops of each clip that is read, so that an "
-                   "epoch reads one clip in so many")
+        add(f"--{m}-mask-ratio", type=share, default=MASK_RATIO[m], help="share of hidden tokens")
+    add("--image-share", type=positive, default=1.0, help="share of the images that an epoch sees")
+    add("--repeats", type=count, default=4, help="crops of each clip; an epoch reads 1 in so many")
     return p
 
 
 def main() -> None:
     args = parse(settings(), TINY)
-    if args.dataset == "synthetic":         # to stage 1 that is its unlabelled videos
+    drawn = args.dataset.startswith("synthetic")
+    if drawn:                               # to stage 1 that is its unlabelled videos
         args.dataset = "synthetic-unlabelled"
     if args.image_dataset is None:
-        args.image_dataset = "synthetic-images" if args.dataset == "synthetic-unlabelled" else "affectnet-8"
-    args.output = args.output or Path("runs") / f"pretrain-{short_name(args.dataset).removesuffix('-unlabelled')}"
-    process = start(args.size)
+        args.image_dataset = "synthetic-images" if drawn else "affectnet-8"
+    short = short_name(args.dataset).removesuffix("-unlabelled")
+    args.output = args.output or Path("runs") / f"pretrain-{short}"
+    process = start(args.size, args.precision)
     sources = draw_from(args)
-    folder = RunFolder(process, args, "pretrain", {m: source.samples for m, source in sources.items()})
+    samples = {f"train {m}": source.samples for m, source in sources.items()}
+    folder = RunFolder(process, args, "pretrain", samples)
 
     torch.manual_seed(args.seed)
     model = MaskedAutoencoder(args.size).to(process.device)
-    objective = ReconstructionLoss(model, {"image": args.image_mask_ratio, "video": args.video_mask_ratio})
+    ratios = {"image": args.image_mask_ratio, "video": args.video_mask_ratio}
+    objective = ReconstructionLoss(model, ratios)
     schedule = Schedule(sources, args.seed, args.epochs, process.rank, process.world)
     optimizer, rate = optimisation(args, model, schedule.steps_per_epoch())
-    hidden = {m: masked_tokens(getattr(model.size, f"{m}_tokens"), objective.ratios[m]) for m in sources}
+    hidden = {m: masked_tokens(getattr(model.size, f"{m}_tokens"), ratios[m]) for m in sources}
     describe(process, args, model, sources, rate, f"masked tokens of a sample: {hidden}")
-    train(process, args, folder, model, objective, optimizer, rate, schedule,
-          data=TrainingData(sources, "pretrain", model.size))
+    data = TrainingData(sources, "pretrain", model.size)
+    train(process, args, folder, model, objective, optimizer, rate, schedule, data)
+
+    dataset = "synthetic" if drawn else "dfew"
+    if "video" in sources and sources["video"].samples.classes:
+        dataset = args.dataset
+    say_next(process, args, "finetune.py", "--dataset", dataset, "--pretrained", folder.last)
 
 
 def draw_from(args) -> dict[str, Source]:
     """The training data by modality."""
-    micro, sources = args.micro_batch or -(-args.batch_size // 2), {}
+    micro = args.micro_batch or -(-args.batch_size // 2)
+    sources = {}
     if args.dataset != "none":
         if args.batch_size % args.repeats or micro % args.repeats:
-            raise UserError(f"--repeats {args.repeats} must divide --batch-size {args.batch_size} and the micro-batch "
-                            f"{micro}: a micro-batch holds all samples of a decoded clip")
-        sources["video"] = Source(load_samples(args.dataset, args.data_root, "train", args.fold, args.stride),
-                                  args.batch_size, micro, repeats=args.repeats)
-    if args.image_dataset == "frames" and sources:
-        frames = replace(sources["video"].samples, modality="image", frames_as_images=True)
-        sources["image"] = Source(frames, args.batch_size, micro, share=args.image_share)
-    elif args.image_dataset != "none":
-        images = load_samples(args.image_dataset, args.data_root, "train")
+            raise UserError(f"--repeats {args.repeats} must divide --batch-size {args.batch_size} "
+                            f"and the micro-batch {micro}, which holds all crops of a clip")
+        videos = load_samples(args.dataset, args.data_root, "train", args.fold, args.stride)
+        videos = replace(videos, box=args.crop)
+        sources["video"] = Source(videos, args.batch_size, micro, repeats=args.repeats)
+    if args.image_dataset != "none":
+        if args.image_dataset == "frames" and sources:
+            images = replace(videos, modality="image", frames_as_images=True)
+        else:
+            images = load_samples(args.image_dataset, args.data_root, "train")
         sources["image"] = Source(images, args.batch_size, micro, share=args.image_share)
     if not sources:
         raise UserError("--dataset none and --image-dataset none leave nothing to train on")
     return sources
 
 
-def optimisation(args, model: nn.Module, steps_per_epoch: int) -> tuple[torch.optim.AdamW, "Rate"]:
+def optimisation(args, model: nn.Module, steps_per_epoch: int):
     """Section IV-B: AdamW, and a rate for 512 samples a step, in proportion for others."""
-    lr, steps = args.lr * args.batch_size / 512, args.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), args.weight_decay), lr, betas=(0.9, 0.95),
-                                  fused=True)
+    lr = args.lr * args.batch_size / 512
+    steps = args.epochs * steps_per_epoch
+    groups = decayed(model.named_parameters(), args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
     return optimizer, Rate(lr, int(args.warmup * steps), steps, first=1e-6, end=0.0)
 
 
@@ -121,80 +134,133 @@ class ReconstructionLoss(nn.Module):
 
     def __init__(self, model: MaskedAutoencoder, ratios: dict[str, float]):
         super().__init__()
-        self.model, self.ratios = model, ratios
+        self.model = model
+        self.ratios = ratios
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        x = to_float(x)
         loss, _, _ = self.model(x, mask_ratio=self.ratios[modality(x)])
         return weight * loss
 
 
-# ------------------------------------------------------------------------------------------- the loop of both stages
+# ---------------------------------------------------------------------- the loop of both stages
 
-def train(process, args, folder, model, objective, optimizer, rate, schedule, data, end_of_epoch=lambda: {}) -> None:
-    """Train `model` through `objective`, which maps (x uint8, labels, weight) to a scalar loss times the weight.
+def train(process, args, folder, model, objective, optimizer, rate, schedule, data, test=None):
+    """Train `model` through `objective`, a module from (x, labels, weight) to loss times weight.
 
-    `state` is all there is of a run beside weights and moments: nothing random is kept, as all of it follows from the
-    seed, the epoch, the step and the micro-batch. After every epoch end_of_epoch() gives scores. UserError, with the
-    weights as they were, if the loss or its gradient is not finite, or if too many samples cannot be read.
+    Returns `state`, which is all there is of a run beside weights and moments: nothing random is
+    kept, as all of it follows from the seed, the epoch, the step and the micro-batch. test() gives
+    scores of the model as it is. UserError, with the weights as they were, if the loss or its
+    gradient is not finite, or if too many samples cannot be read.
     """
-    state = folder.load(model, optimizer) or dict(epoch=0, step=0, losses=[], best=None, left_out={})
-    per_epoch = rate.steps // args.epochs
+    new = dict(epoch=0, step=0, losses=[], best=None, last=None, left_out={})
+    state = folder.load(model, optimizer) or new
     schedule.start = state["epoch"], state["step"]
-    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))  # data[micro] for its micros
-    if args.compile:
-        compile_layers(model, args.compile)
+    batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
+    compile_layers(model, args.compile)
     ddp = DistributedDataParallel(objective) if process.world > 1 else objective
-    for epoch in range(state["epoch"], args.epochs):
-        process.catch_signals()                                             # a signal waits for the end of the step
-        objective.train()
-        batches.start_clock()
-        bar = tqdm(range(state["step"], per_epoch), f"{folder.stage} epoch {epoch + 1}/{args.epochs}", per_epoch,
-                   initial=state["step"], disable=not process.main, unit="step")
-        for step in bar:
-            lr = rate(epoch * per_epoch + step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("scale", 1.0)
+    steps = rate.steps // args.epochs
 
-            # Forward and backward: this process's micro-batches, whose weighted losses add up to the step's
-            total, problem, micro = torch.zeros((), device=process.device), "", None
-            while micro is None or not micro.last:
+    for epoch in range(state["epoch"], args.epochs):
+        process.catch_signals()                                 # they wait for the end of the step
+        objective.train()
+        began, waited = time.perf_counter(), 0.0
+        bar = tqdm(range(state["step"], steps), f"epoch {epoch + 1}/{args.epochs}", steps,
+                   initial=state["step"], leave=False, disable=not process.main, unit="step")
+        for step in bar:
+            lr = rate(epoch * steps + step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+
+            # Forward and backward: this process's micro-batches, whose weighted losses add up
+            total = torch.zeros((), device=process.device)
+            micro = None
+            while micro is None or not micro.is_last:
+                asked = time.perf_counter()
                 micro, x, labels, errors = next(batches)
-                problem = problem or leave_out(errors, micro.modality, state["left_out"], data.sources)
-                ddp.require_backward_grad_sync = micro.last                 # DDP adds gradients up in the last one
-                torch.manual_seed(micro.seed)                               # of masks, mixing and gate noise
+                waited += time.perf_counter() - asked
+                samples = data.sources[micro.modality].samples
+                leave_out(errors, samples, state["left_out"])
+                torch.manual_seed(micro.seed)                   # of masks, mixing and gate noise
+                x = to_float(process.upload(x))
+                ddp.require_backward_grad_sync = micro.is_last  # DDP adds gradients up once a step
                 with process.autocast():
-                    loss = ddp(process.upload(x), process.upload(labels), micro.weight)
-                (loss * process.world).backward()                           # DDP averages over the processes
+                    loss = ddp(x, process.upload(labels), micro.weight)
+                (loss * process.world).backward()               # DDP averages over the processes
                 total += loss.detach()
-            # The step, which changes no weight if something is not finite; flags of all processes travel with the loss
+
+            # The step, if all is finite. Reading the numbers is the one wait for the device
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-            numbers = process.sum(total, norm / process.world, folder.due(), process.signal > 0, problem != "")
-            optimizer.found_inf = (~numbers.isfinite().all()).float()       # where it is 1, fused AdamW changes nothing
+            loss, norm, stop = process.sum(total, norm / process.world, process.signal).tolist()
+            if not math.isfinite(loss + norm):
+                files = ", ".join(str(samples.path(i)) for i in micro.index)
+                raise UserError(f"epoch {epoch + 1}, step {step}: the loss became {loss}, the norm "
+                                f"of its gradient {norm}: stopped before the weights change. The "
+                                f"last {micro.modality}s of this process: {files}")
             optimizer.step()
             optimizer.zero_grad()
-            loss, norm, due, stop, failed = numbers.tolist()                # the one wait for the device
-            check(loss, norm, failed, problem, f"epoch {epoch + 1}, step {step}", data.sources[micro.modality], micro)
+
+            # Log and save
             state["step"] = step + 1
             state["losses"].append((micro.modality, float(f"{loss:.6g}")))
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", norm=f"{norm:.2g}", refresh=False)
-            if due or stop:
+            if stop or folder.due():
                 folder.save(model, optimizer, state)
             if stop:
+                process.barrier()                               # the first one has saved
                 sys.exit(128 + (process.signal or signal.SIGTERM))
 
-        folder.save(model, optimizer, state)                                # evaluation takes long and may be stopped
+        # The end of an epoch. A test takes long and may be stopped, so it stands between two saves
+        means = {}
+        for m in data.sources:
+            means[m] = fmean(loss for name, loss in state["losses"] if name == m)
+        record = dict(epoch=epoch + 1, seconds=round(time.perf_counter() - began, 2),
+                      data_seconds=round(waited, 2), losses=state["losses"], loss=means,
+                      left_out=len(state["left_out"]))
+        folder.save(model, optimizer, state)
         process.release_signals()
-        record = dict(epoch=epoch + 1, **batches.seconds(), **means(state), **end_of_epoch())
-        if better := "score" in record and record["score"] > (state["best"] or {"score": -1})["score"]:
-            state["best"] = {key: value for key, value in record.items() if key != "losses"}
+        if test and (epoch + 1 == args.epochs or (epoch + 1) % args.test_every == 0):
+            record |= test()
+            state["last"] = record
+            if state["best"] is None or record["score"] > state["best"]["score"]:
+                state["best"] = record
         state |= dict(epoch=epoch + 1, step=0, losses=[])
-        folder.save(model, optimizer, state, record, better)
+        folder.save(model, optimizer, state, record)
+        say_epoch(process, record, args.epochs, time.perf_counter() - began)
+    return state
+
+
+def leave_out(errors: list[str], samples: Samples, left_out: dict[str, str]) -> None:
+    """Name samples that cannot be read, once each. UserError if they are more than 1 % of all."""
+    m = samples.modality
+    for error in errors:
+        if error not in left_out:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+        left_out[error] = m
+        number = list(left_out.values()).count(m)
+        if number > 0.01 * len(samples):
+            raise UserError(f"{number} of {len(samples)} {m}s cannot be read, more than 1 %; "
+                            f"the last: {error}")
+
+
+def say_epoch(process: "Process", record: dict, epochs: int, seconds: float) -> None:
+    """Print what came of an epoch, which took so many seconds with its test."""
+    shown = {"loss": record["loss"]}
+    for split in ("validation", "test"):
+        if split in record:
+            shown[f"{split} UAR"] = {m: scores["uar"] for m, scores in record[split].items()}
+    line = f"epoch {record['epoch']}/{epochs}"
+    for name, numbers in shown.items():
+        line += f"  {name}: "
+        line += ", ".join(f"{m}s {value:.3f}" for m, value in numbers.items())
+    left = seconds * (epochs - record["epoch"])
+    left = f"{left / 60:.0f} min" if left > 100 else f"{left:.0f} s"
+    if process.main:
+        print(f"{line}  {seconds:.0f} s, {left} left", flush=True)
 
 
 @dataclass
 class Rate:
-    """Learning rate of a step: linear from `first` to `peak` in `warmup` steps, then a cosine to `end`."""
+    """Learning rate: linear from `first` to `peak` in `warmup` steps, then a cosine to `end`."""
     peak: float
     warmup: int
     steps: int
@@ -209,114 +275,70 @@ class Rate:
 
 
 def decayed(named_parameters, weight_decay: float, scale=lambda name: 1.0) -> list[dict]:
-    """Optimiser groups: no weight decay on vectors (biases, norms); scale(name) multiplies the learning rate."""
+    """Groups for an optimiser: vectors (biases, norms) do not decay; rates are scaled by name."""
     groups = {}
     for name, parameter in named_parameters:
-        key = (scale(name), weight_decay if parameter.squeeze().ndim > 1 else 0.0)
-        groups.setdefault(key, []).append(parameter)
-    return [dict(params=parameters, scale=s, weight_decay=decay) for (s, decay), parameters in groups.items()]
+        decay = weight_decay if parameter.squeeze().ndim > 1 else 0.0
+        group = dict(params=[], scale=scale(name), weight_decay=decay)
+        groups.setdefault((scale(name), decay), group)["params"].append(parameter)
+    return list(groups.values())
 
 
-# ==================================================================================================================
-# From here on what both stages share and no equation needs: bookkeeping, settings, processes, a run's folder. Skip it.
-# ==================================================================================================================
+# ==================================================================================================
+# From here on what both stages share and no equation needs: settings, processes, a run's folder.
+# ==================================================================================================
 
-def check(loss: float, norm: float, failed: float, problem: str, where: str, source: Source, micro) -> None:
-    """End all processes together: UserError where the cause is, exit status 1 elsewhere."""
-    if failed and not problem:
-        time.sleep(1)                       # the process with the message speaks first
-        sys.exit(1)
-    if not math.isfinite(loss + norm):
-        files = ", ".join(str(source.samples.path(i)) for i in micro.index)
-        problem = (f"the loss became {loss} and its gradient's norm {norm:.6g} at {where}, a batch of "
-                   f"{micro.modality}s: stopped before the weights change. This process's last files: {files}")
-    if problem:
-        raise UserError(problem)
-
-
-def leave_out(errors: list[str], m: str, left_out: dict[str, str], sources: dict[str, Source]) -> str:
-    """Name what cannot be read, once each; what to say if it is more than 1 % of its data set."""
-    for error in errors:
-        if error not in left_out:
-            tqdm.write(f"left out: {error}", file=sys.stderr)
-        left_out[error] = m
-    count, n = list(left_out.values()).count(m), len(sources[m].samples)
-    if not errors or count <= 0.01 * n:
-        return ""
-    return f"{count} of {n} {m}s cannot be read, more than 1 %; the last: {errors[-1]}"
-
-
-def means(state: dict) -> dict:
-    """What the log says of an epoch's steps."""
-    by_modality = {}
-    for m, loss in state["losses"]:
-        by_modality.setdefault(m, []).append(loss)
-    return dict(losses=state["losses"], loss={m: sum(values) / len(values) for m, values in by_modality.items()},
-                left_out=len(state["left_out"]))
+def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
+    """The settings that both stages have under the same names and with the same defaults."""
+    changed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in tiny.items())
+    epilog = f"With --size tiny the defaults are {changed}.\nEvery row of the paper: tests/paper.md"
+    p = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=Formatter)
+    add = p.add_argument
+    add("--data-root", type=path, default=Path("data"), help="folder of all data sets")
+    add("--fold", type=count, default=1, help="cross-validation fold, counted from 1")
+    add("--stride", type=count, help="of the frames of a clip (the data set's own)")
+    add("--crop", type=box, metavar="X,Y,W,H", help="part of video frames, in pixels (all of it)")
+    add("--size", choices=list(SIZES), help="of the model (base, or tiny on drawn faces)")
+    add("--micro-batch", type=count, help="samples (in stage 2 clips, and images in proportion) "
+        "that one process computes at once; a batch is gathered from several (half a batch)")
+    add("--weight-decay", type=positive, default=0.05, help="of weight matrices only")
+    add("--seed", type=natural, default=0, help="of everything random (0)")
+    add("--workers", type=natural, default=default_workers(), help="loading processes each")
+    add("--clip-grad", type=positive, help="clip the gradient to this norm (no clipping)")
+    add("--precision", choices=list(PRECISIONS), help="of matrix products (what is fast here)")
+    add("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"],
+        help="compile the layers: a minute, and a C++ compiler (aot_eager: without one)")
+    add("--output", type=path, help="the run's folder (runs/..., named after the data)")
+    add("--resume", action="store_true", help="continue from the run's last.pt, if there is one")
+    add("--save-minutes", type=positive, default=10, help="time between checkpoints in an epoch")
+    return p
 
 
-class Batches:
-    """Iterates over a loader and takes the time that one waits for it."""
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it was written, and the defaults that no help text tells."""
 
-    def __init__(self, loader):
-        self.iterator = iter(loader)
-
-    def start_clock(self) -> None:
-        self.began, self.waited = time.perf_counter(), 0.0
-
-    def __next__(self):
-        asked = time.perf_counter()
-        batch = next(self.iterator)
-        self.waited += time.perf_counter() - asked
-        return batch
-
-    def seconds(self) -> dict[str, float]:
-        return dict(seconds=round(time.perf_counter() - self.began, 2), data_seconds=round(self.waited, 2))
+    def _get_help_string(self, action):
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 
-def compile_layers(model: nn.Module, backend: str) -> None:
-    """torch.compile each layer by itself: together they are most of the work, and of few shapes."""
-    torch._dynamo.config.optimize_ddp = False  # would cut layers where DDP's buckets end: they are pieces enough
-    for layer in (part for part in model.modules() if isinstance(part, Layer)):
-        layer.compile(backend=backend)
-
-
-# ---------------------------------------------------------------------------------------------------------- settings
-
-def number(kind: type, low: float, high: float = 1e9):
+def number(kind: type, low: float, high: float = math.inf):
     """A type for argparse: a number from low to high."""
     def check(text: str):
         value = kind(text)
         if not low <= value <= high:
-            limit = "or more" if value < low and high == 1e9 else f"to {high:g}"
+            limit = "or more" if high == math.inf else f"to {high:g}"
             raise argparse.ArgumentTypeError(f"{text}: expected {low} {limit}")
         return value
     check.__name__ = kind.__name__          # by which argparse refuses what is no number
     return check
 
 
-def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
-    """The settings that both stages have under the same names and with the same defaults."""
-    changed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in tiny.items())
-    p = argparse.ArgumentParser(description=description, formatter_class=Formatter, epilog=(
-        f"With --size tiny the defaults are {changed}.\nEvery row of the paper: tests/paper.md"))
-    p.add_argument("--data-root", type=path, default=Path("data"), help="folder of all data sets (layouts: README)")
-    p.add_argument("--fold", type=number(int, 1), default=1, help="cross-validation fold, counted from 1")
-    p.add_argument("--stride", type=number(int, 1), help="of the frames of a clip (the data set's own)")
-    p.add_argument("--size", choices=list(SIZES), help="of the model (base, or tiny on drawn faces)")
-    p.add_argument("--micro-batch", type=number(int, 1), help="samples (in stage 2 clips, and images in proportion) "
-                   "that one process computes at once; a batch is gathered from as many as it takes (half a batch)")
-    p.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="of weight matrices only")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of everything random (0)")
-    p.add_argument("--workers", type=number(int, 0, 256), default=default_workers(), help="loading processes each")
-    p.add_argument("--clip-grad", type=number(float, 1e-9), help="clip the gradient to this norm (no clipping)")
-    p.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"],
-                   help="compile the layers by torch.compile: a minute, and a C++ compiler (aot_eager: without one)")
-    p.add_argument("--output", type=path, help="the run's folder (runs/..., named after the data)")
-    p.add_argument("--resume", action="store_true", help="continue from last.pt in the run's folder; if there is no "
-                   "run yet, begin, so that the same command can simply be started again")
-    p.add_argument("--save-minutes", type=number(float, 0), default=10, help="time between checkpoints in an epoch")
-    return p
+natural = number(int, 0)
+count = number(int, 1)
+positive = number(float, 0)
+share = number(float, 0, 1)
 
 
 def path(text: str) -> Path:
@@ -326,59 +348,102 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def box(text: str) -> tuple[int, ...]:
+    """A type for argparse: left, top, width and height in pixels, as 10,0,160,160."""
+    left, top, width, height = text.split(",")
+    return natural(left), natural(top), count(width), count(height)
+
+
 def default_workers() -> int:
-    return max(1, min(16, len(os.sched_getaffinity(0)) // max(1, launched("LOCAL_WORLD_SIZE", 1))))
+    """Loading processes of one process: the cores that it may use, at most 16."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):    # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the description as it was written, and the defaults that the help text does not tell in words."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def parse(p: argparse.ArgumentParser, tiny: dict) -> argparse.Namespace:
-    """Read the command line; the tiny size, which is the default on drawn faces, brings defaults of its own."""
+def parse(p: argparse.ArgumentParser, tiny: dict, size_of=lambda args: "base"):
+    """Read the command line. The size is found first, as tiny brings defaults of its own: where
+    --size does not tell, it is tiny on drawn faces and size_of(args) elsewhere."""
     args, _ = p.parse_known_args()
-    size = args.size or ("tiny" if args.dataset.startswith("synthetic") else "base")
+    drawn = args.dataset.startswith("synthetic")
+    size = args.size or ("tiny" if drawn else size_of(args))
     p.set_defaults(size=size, **(tiny if size == "tiny" else {}))
     return p.parse_args()
 
 
-def describe(process, args, model: nn.Module, sources: dict[str, Source], rate: Rate, more: str) -> None:
+def describe(process, args, model, sources: dict[str, Source], rate: Rate, more: str) -> None:
     """Print what follows from the settings: once, before any work."""
     if not process.main:
         return
-    print(f"{args.size} model, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {process.world} "
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{args.size} model, {millions:.2f} M parameters; {process.world} "
           f"process{'es' if process.world > 1 else ''} on {process.device.type}, "
-          f"{str(process.dtype).removeprefix('torch.')}")
+          f"{process.precision}: {process.reason}")
+    if torch.cuda.device_count() > process.world:
+        print(f"torchrun --nproc_per_node {torch.cuda.device_count()} takes all GPUs")
     for m, source in sources.items():
-        samples, micros = source.samples, -(-source.batch // source.micro)
-        print(f"{m}s: {len(samples)} of {samples.name} in {samples.root}, stride {samples.stride}; a step takes "
-              f"{source.batch} in micro-batches of {source.micro}", *samples.notes, sep="\n  ")
-        if micros < process.world:
-            print(f"  {process.world} processes share {micros} micro-batches: some idle; give a smaller --micro-batch")
-    print(f"{args.epochs} epochs of {rate.steps // args.epochs} steps, peak learning rate {rate.peak:.3g}\n{more}\n"
-          f"writing to {args.output}", flush=True)
+        samples = source.samples
+        print(f"{m}s: {len(samples)} of {samples.name} in {samples.root}, stride {samples.stride}; "
+              f"a step takes {source.batch} in micro-batches of {source.micro}", *samples.notes,
+              sep="\n  ")
+    print(f"{args.epochs} epochs of {rate.steps // args.epochs} steps, peak learning rate "
+          f"{rate.peak:.3g}\n{more}\nwriting to {args.output}", flush=True)
 
 
-# --------------------------------------------------------------------------------------------- processes and devices
+def say_next(process, args, *command) -> None:
+    """Print the command that follows, ready to paste."""
+    launcher = ["python"]
+    if process.world > 1:
+        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+    if args.data_root != Path("data"):
+        command += "--data-root", args.data_root
+    if process.main:
+        print(f"\nNext: {shlex.join(map(str, [*launcher, *command]))}", flush=True)
+
+
+def compile_layers(model: nn.Module, backend: str | None) -> None:
+    """torch.compile each layer by itself: together they are most of the work, and of few shapes."""
+    if backend is None:
+        return
+    if backend == "inductor":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        try:
+            get_cpp_compiler()
+        except RuntimeError as error:
+            raise UserError(f"--compile: {error}; --compile aot_eager needs none") from error
+    torch._dynamo.config.optimize_ddp = False  # would cut layers where DDP's buckets end
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.compile(backend=backend)
+
+
+# ------------------------------------------------------------------------ processes and devices
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass
 class Process:
-    """This process among the others, its device, and the precision that its matrix units are fast in."""
+    """This process among the others, its device, and the precision of matrix products."""
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype
+    reason: str = "as --precision says"     # why this precision
     signal: int = 0                         # SIGTERM or SIGINT, once it was received
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def precision(self) -> str:
+        return "fp32" if self.dtype == torch.float32 else "bf16"
+
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        mixed = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=mixed)
 
     def upload(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device, non_blocking=True)
@@ -388,29 +453,23 @@ class Process:
             dist.barrier()
 
     def sum(self, first: torch.Tensor, *more) -> torch.Tensor:
-        """The sum over the processes, in place; of several scalars, tensors or flags, as one tensor."""
+        """The sum over the processes, in place; of several scalars or flags, as one tensor."""
         if more:                            # a fill is a kernel, not a copy that the host waits for
-            first = torch.stack([first, *(x if torch.is_tensor(x) else first.new_full((), x) for x in more)])
+            more = [x if torch.is_tensor(x) else first.new_full((), x) for x in more]
+            first = torch.stack([first, *more])
         if self.world > 1:
             dist.all_reduce(first)
         return first
 
-    def gather(self, mine) -> list:
-        """Everybody's picklable object, in the order of the ranks."""
-        everyone = [mine] * self.world
-        if self.world > 1:
-            dist.all_gather_object(everyone, mine)
-        return everyone
-
     def catch_signals(self) -> None:
-        """From now on the first SIGTERM or SIGINT only sets `signal`, which the loop looks at; a second one kills."""
+        """From now on the first SIGTERM or SIGINT only sets `signal`; a second one kills."""
         def receive(number: int, frame) -> None:
             self.signal = number
-            for each in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(each, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, receive)
+        signal.signal(signal.SIGTERM, receive)
+        signal.signal(signal.SIGINT, receive)
 
     def release_signals(self) -> None:
         """Leave if there was one; from now on they end the process at once."""
@@ -420,132 +479,159 @@ class Process:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def start(size: str = "base") -> Process:
-    """Join the processes that torchrun started, or be the only one. UserError for more processes than GPUs."""
-    rank, world, local = launched("RANK", 0), launched("WORLD_SIZE", 1), launched("LOCAL_RANK", 0)
-    if rank >= world:
-        raise UserError(f"RANK is {rank} and WORLD_SIZE {world}: torchrun sets both; for one process unset them")
-    device, gpus = torch.device("cpu"), torch.cuda.device_count()
-    if gpus:
-        if local >= gpus:
-            raise UserError(f"process {local} of this machine has no GPU: it has {gpus}; give --nproc_per_node {gpus}")
-        if world == 1 < gpus:
-            print(f"one process takes one GPU of {gpus}: torchrun --nproc_per_node {gpus} takes all", flush=True)
-        device = torch.device("cuda", local)
+def start(size: str = "base", precision: str | None = None) -> Process:
+    """Join the processes that torchrun started, or be the only one. precision: "fp32", "bf16", or
+    None: on a GPU bf16 where it has that, on a CPU what the first process measures."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
         if size == "tiny":
-            torch.set_num_threads(1)        # its products are too small to share, and loading needs the other cores
+            torch.set_num_threads(1)        # its products are too small to share
     if world > 1:
-        # A prefix of its own for every restart: torchrun's store still holds the addresses of those who died.
-        try:
-            store, _, _ = next(dist.rendezvous("env://", rank, world))
-        except (ValueError, dist.DistError) as error:
-            raise UserError(f"process {rank} of {world} cannot meet the others (see torchrun): {error}") from error
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=timedelta(hours=2),  # the first listing of a million videos is slow
-                                device_id=device if gpus else None)
-    return Process(rank, world, device, precision(device))
+        # After a restart torchrun's store still holds the addresses of those who died: a prefix
+        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        two_hours = timedelta(hours=2)      # the first listing of a million videos is slow
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=two_hours)
+    process = Process(rank, world, device, PRECISIONS[precision or "fp32"])
+    if precision is None and device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            process.dtype = torch.bfloat16
+        process.reason = "what this GPU is fast in"
+    elif precision is None:
+        seconds = torch.tensor(product_seconds(SIZES[size].width))
+        fp32, bf16 = process.sum(seconds * process.main).tolist()
+        process.reason = f"its products take {fp32 / bf16:.2f} of bf16's time here"
+        if bf16 < fp32:
+            process.dtype = torch.bfloat16
+            process.reason = f"its products take {bf16 / fp32:.2f} of fp32's time here"
+    return process
 
 
-def launched(name: str, default: int) -> int:
-    """What torchrun says of this process in the environment. UserError if that is no number."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"{name} is {text!r}: expected a number, as torchrun sets it; for one process unset it")
-    return int(text)
+def product_seconds(width: int) -> list[float]:
+    """Seconds of a layer's product in fp32 and in bf16, with the casts of training. A processor's
+    flags do not tell: some that have bf16 multiply it at half the speed of fp32."""
+    x = torch.ones(200_000 // width, width)
+    weight = torch.ones(4 * width, width)
+    seconds = [math.inf, math.inf]
+    for _ in range(4):                      # in turns; the first ones also prepare the kernels
+        for i, dtype in enumerate(PRECISIONS.values()):
+            began = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=i > 0):
+                nn.functional.linear(x, weight)
+            seconds[i] = min(seconds[i], time.perf_counter() - began)
+    return seconds
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: getting it back from the system, page by page, took up to a third of a CPU step."""
+    """Let glibc keep what is freed: getting it back page by page took 17 to 40 % of a tiny step."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)                # M_TRIM_THRESHOLD: never shrink the heap
         libc.mallopt(-4, 0)                 # M_MMAP_MAX: no mapping of its own for a large block
 
 
-def precision(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies matrices in it (CPU units included), else fp32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        units = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = units.get("amx_bf16", False) or units.get("avx512_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+TOO_LITTLE = ("out of memory", "shared memory", "DataLoader worker (")  # in the words of torch
 
 
 def guarded(main) -> None:
-    """Run a script's main: what can go wrong outside of the code becomes a line and exit status 1."""
+    """Run a script's main: what a user can put right ends in a line, all else in a traceback."""
+    for name in ("stdout", "stderr"):       # one that was closed is None
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # not a notebook's, which shows all letters
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except UserError as error:
-        sys.exit(f"error: {without_traceback(error)}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} Give a smaller --micro-batch: a step's samples stay the same")
-    except OSError as error:                # permission, space, a pipe that was closed: in the system's own words
-        sys.exit(f"error: {': '.join(str(part) for part in (error.filename, error.strerror or error) if part)}")
+    except (UserError, OSError) as error:
+        fail(str(error))
     except RuntimeError as error:
-        if "DataLoader worker" in str(error) or "shared memory" in str(error):  # one that died, or its last words
-            sys.exit(f"error: loading data: {without_traceback(error)}; fewer --workers need less of /dev/shm")
-        if not dist.is_initialized() or not re.search("by peer|NCCL|Connection|Broken pipe", str(error)):
+        if not any(words in str(error) for words in TOO_LITTLE):
             raise
-        time.sleep(1)                       # let the process that failed speak first
-        sys.exit(f"error: process {dist.get_rank()} has lost the others: {str(error).splitlines()[0]}")
+        fail(f"{error}\na smaller --micro-batch or fewer --workers need less memory and /dev/shm")
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own would raise an error at the death of each of
-        for child in multiprocessing.active_children():  # the loading processes, which outlast other signals
-            child.kill()
+        if hasattr(signal, "SIGCHLD"):      # torch's handler would make each death an error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()                    # a loading process leaves other signals to us
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def without_traceback(error: Exception) -> str:
-    """An error's message, of which a loading process's traceback, which ends in it, is cut off."""
-    text = str(error)
-    return text.rsplit("Error: ", 1)[-1].strip() if text.startswith("Caught ") else text
+def fail(message: str) -> None:
+    """End with a line and exit status 1. torchrun prints last what it finds in a file of its own:
+    of several processes' what has the earliest second, so a cause stands before what it causes."""
+    if message.startswith("Caught "):       # in a loading process, whose traceback it ends
+        message = message.rsplit("Error: ", 1)[-1]
+    message = message.strip().replace("\n", "; ")
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = dict(timestamp=int(time.time()) - 1)
+        contents = dict(message=dict(message=message, extraInfo=extra))
+        Path(file).write_text(json.dumps(contents), encoding="utf-8")
+    sys.exit(f"error: {message}")
 
 
-# --------------------------------------------------------------------------------------------------- the run's folder
+# ------------------------------------------------------------------------------ the run's folder
 
-FREE_TO_CHANGE = {"output", "resume", "workers", "data_root", "save_minutes", "compile"}
+# Settings that change no number, and those of which fingerprints tell more: a run may be moved
+NOT_COMPARED = {"output", "resume", "workers", "save_minutes", "compile", "data_root", "dataset",
+                "image_dataset", "pretrained", "stride", "precision"}
 
 
 class RunFolder:
-    """log.jsonl, last.pt and best.pt of a run. identity: what the run is, settings and data, which must not change.
+    """log.jsonl, last.pt and best.pt of a run, wherever it lies. samples: its data, by "train
+    video" and so on. UserError if the folder holds another run."""
 
-    UserError if the folder is another run's, or if another run writes to it.
-    """
-
-    def __init__(self, process: Process, args, stage: str, train: dict[str, Samples], test: dict[str, Samples] = {}):
-        self.process, self.path, self.stage, self.last = process, args.output, stage, args.output / "last.pt"
-        self.save_seconds, self.saved_at = 60 * args.save_minutes, time.monotonic()
-        self.identity = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-        self.identity |= {f"{m} stride": samples.stride for m, samples in train.items() if m == "video"}
-        for split, parts in (("train", train), ("test", test)):
-            self.identity |= {f"{split} {m}": identity_of(samples) for m, samples in parts.items()}
-        self.digests = {m: torch.from_numpy(digests_of(samples)) for m, samples in train.items() if test}
+    def __init__(self, process: Process, args, stage: str, samples: dict[str, Samples],
+                 pretrained: str = "none"):
+        self.process = process
+        self.stage = stage
+        self.path = args.output
+        self.last = self.path / "last.pt"
+        self.save_seconds = 60 * args.save_minutes
+        self.saved_at = time.monotonic()
+        self.saved = None                   # the checkpoint to go on from
+        self.identity = identity(args, samples, Path(pretrained))
         if process.main:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / "lock", "a+")  # what may stand in it stays
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another run is writing to {self.path}: give another --output") from error
-        process.barrier()
-        there = [name for name in ("last.pt", "best.pt", "log.jsonl") if (self.path / name).exists()]
-        if there and not (args.resume and there[0] == "last.pt"):
-            raise UserError(f"{self.path / there[0]} exists: give --resume to continue that run from last.pt, another "
-                            "--output, or delete it")
-        self.saved = read_checkpoint(self.last) if there else None
-        if self.saved and not {"identity", "state", "optimizer"} <= self.saved.keys():
-            raise UserError(f"{self.last} is no checkpoint to continue from: it lacks identity, state or optimizer")
-        for name, now in self.identity.items() if self.saved else ():
-            if (then := self.saved["identity"].get(name)) != now:
-                raise UserError(f"{self.last} was trained with {name} {then}, not {now}: that is another run")
+            tempfile.TemporaryFile(dir=self.path).close()   # an error now, where none may write
+        self.stamp = stamp(self.last)
+        for name in ("last.pt", "best.pt", "log.jsonl"):
+            if (self.path / name).exists() and not (args.resume and self.stamp):
+                raise UserError(f"{self.path / name} exists: give --resume to continue that run "
+                                "from last.pt, another --output, or delete it")
+        if self.stamp:
+            self.saved = read_checkpoint(self.last)
+            self.check(args.precision)
+
+    def check(self, precision: str | None) -> None:
+        """Take the precision of the run that was saved. UserError if it is another run."""
+        if "optimizer" not in self.saved:
+            raise UserError(f"{self.last} is no last.pt of a run: it has no optimizer")
+        then, now = self.saved["identity"], self.identity
+        if "pretrained fingerprint" in then:    # that file may be gone
+            now.setdefault("pretrained fingerprint", then["pretrained fingerprint"])
+        changes = []
+        for name in sorted(then.keys() | now.keys()):
+            if name not in NOT_COMPARED and then.get(name) != now.get(name):
+                changes.append(f"{name} was {then.get(name)}, now {now.get(name)}")
+        saved_precision = self.saved["made_by"].get("precision")
+        if precision not in (None, saved_precision):
+            changes.append(f"precision was {saved_precision}, now {precision}")
+        if changes:
+            raise UserError(f"{self.last} is of another run: {'; '.join(changes)}")
+        self.process.dtype = PRECISIONS[saved_precision]
+        self.process.reason = "as the run began"
 
     def load(self, model: nn.Module, optimizer) -> dict | None:
         """The state to go on from, its weights and moments restored; None for a new run."""
@@ -553,43 +639,64 @@ class RunFolder:
             return None
         saved, self.saved = self.saved, None
         load_weights(model, saved["model"], self.last)
-        try:
-            optimizer.load_state_dict(saved["optimizer"])
-            state, then, now = saved["state"], saved["made_by"]["processes"], self.process.world
-            said = f"resumed from {self.last} after epoch {state['epoch']}, step {state['step']} of the next"
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.last} cannot be continued: {error!r}") from error
-        if then != now:
-            said += (f"\n{then} processes then, {now} now: the samples of every step, their crops, masks and noise "
-                     "stay the same; sums are taken in another order, so last digits may differ")
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
         if self.process.main:
-            print(said)
+            print(f"resumed from {self.last}: {state['epoch']} epochs, {state['step']} steps")
         return state
 
     def due(self) -> bool:
-        """Whether the last checkpoint was written so many minutes ago, by the first process's clock."""
+        """Whether the first process, which alone writes, last did so long enough ago."""
         return self.process.main and time.monotonic() - self.saved_at >= self.save_seconds
 
-    def save(self, model: nn.Module, optimizer, state: dict, record: dict | None = None, best: bool = False) -> None:
-        """last.pt; at the end of an epoch, `record`, also its line of the log, and best.pt if it is the best."""
-        for errors in self.process.gather(state["left_out"]):
-            state["left_out"] |= errors
+    def save(self, model, optimizer, state: dict, record: dict | None = None) -> None:
+        """Write last.pt; after an epoch also its record to log.jsonl, and best.pt if it is the best
+        one. UserError, with the files as they are, if another run has written last.pt."""
         self.saved_at = time.monotonic()
         if not self.process.main:
             return
+        if stamp(self.last) not in (None, self.stamp):
+            raise UserError(f"another run writes here: {self.last} is not the file that this run "
+                            "wrote or loaded; give another --output")
         weights = model.state_dict()
-        if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
-            raise UserError(f"the weights {broken[0]} are not finite any more: not written to {self.last}")
-        contents = dict(stage=self.stage, architecture=model.architecture, model=weights, identity=self.identity,
-                        digests=self.digests, state=state, made_by=made_by(self.process))
-        if best:
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise UserError(f"{name} is not finite any more: not written to {self.last}")
+        contents = dict(stage=self.stage, architecture=model.architecture, model=weights,
+                        identity=self.identity, state=state, made_by=made_by(self.process))
+        if record and record is state["best"]:
             write(self.path / "best.pt", contents)
-        if record:                          # without lines of an epoch that was logged but not saved
+        if record:                          # without lines of an epoch that was logged, not saved
             log = self.path / "log.jsonl"
-            lines = log.read_text().splitlines()[:record["epoch"] - 1] if log.exists() else []
-            with whole_file(log, "w") as file:
-                file.write("\n".join([*lines, json.dumps(record)]) + "\n")
+            lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+            lines[record["epoch"] - 1:] = [json.dumps(record)]
+            with whole_file(log, "w", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
         write(self.last, contents | {"optimizer": optimizer.state_dict()})
+        self.stamp = stamp(self.last)
+
+
+def identity(args, samples: dict[str, Samples], pretrained: Path) -> dict:
+    """What a run is: all its settings, and the fingerprints of its data and first weights."""
+    found = {}
+    for name, value in vars(args).items():
+        found[name] = str(value) if isinstance(value, Path) else value
+    for name, part in samples.items():
+        found[name] = part.fingerprint()
+    if "train video" in samples:
+        found["video stride"] = samples["train video"].stride
+        found["video rate"] = frame_rate(samples["train video"])
+    if pretrained.is_file():
+        digest = hashlib.blake2b(pretrained.read_bytes(), digest_size=8)
+        found["pretrained fingerprint"] = digest.hexdigest()
+    return found
+
+
+def stamp(file: Path) -> tuple[int, int] | None:
+    """Size and time of a file, which tell whether somebody else wrote it; None without one."""
+    if file.exists():
+        return file.stat().st_size, file.stat().st_mtime_ns
+    return None
 
 
 def write(path: Path, contents: dict) -> None:
@@ -599,10 +706,12 @@ def write(path: Path, contents: dict) -> None:
 
 def made_by(process: Process) -> dict:
     """What a checkpoint's numbers may depend on beside settings and data."""
-    return dict(command=shlex.join(sys.argv), python=platform.python_version(), torch=str(torch.__version__),
-                **{name: version(name) for name in ("torchvision", "av", "numpy")}, processes=process.world,
-                machine=platform.platform(),
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    return dict(command=shlex.join(sys.argv), python=platform.python_version(),
+                torch=str(torch.__version__), torchvision=version("torchvision"),
+                av=version("av"), numpy=version("numpy"), processes=process.world,
+                precision=process.precision, machine=platform.platform(),
+                device=torch.cuda.get_device_name() if cuda else "cpu")
 
 
 if __name__ == "__main__":

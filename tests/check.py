@@ -1,28 +1,37 @@
 """Is a data set as it was published, and as training needs it? What does a model get of it?
 
     python tests/check.py --dataset dfew                 reads every sample; exit status 1 if anything is wrong
-    python tests/check.py --dataset dfew --show a.png    draws a batch of the training loader, here without --mask
+    python tests/check.py --dataset dfew --show a.png    draws a batch as training with the same options gets it
+    python tests/check.py faces --split 0.2              of a folder with a folder for each class (or of one's own list)
+                                                         writes train.csv and test.csv, whole people in one of them
+
+People are told by a list's column "person", or by --person, a regular expression: what it finds in a sample's path, or
+its first group, is the person, as 'actor(\\d+)' or '^[^/]+/([^_]+)_'.
 """
 import argparse
+import csv
 import hashlib
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (CATALOGUE, Samples, Schedule, Source, TrainingData, catalogue, dataset_name, few,  # noqa: E402
-                  find_samples, list_videos, load_samples, loader, read_clip, read_image, test_frames)
-from evaluate import contact_sheet  # noqa: E402
+from data import (CATALOGUE, Samples, Schedule, Source, TrainingData, boxed, catalogue, class_names,  # noqa: E402
+                  dataset_name, find_samples, hold_out, list_videos, load_samples, loader, overlap,
+                  own_rows, read_clip, read_image, resampled, shortened, test_frames)
 from model import MASK_RATIO, SIZES, UserError, random_mask, whole_file  # noqa: E402
-from pretrain import TINY, guarded, number, path  # noqa: E402
+from pretrain import TINY, box, guarded, number, path  # noqa: E402
 
 # Data set, split, fold; digest of the list (see list_digest), "-" where it is not public; samples per class.
 PUBLISHED = """
@@ -74,29 +83,49 @@ class Inspection(torch.utils.data.Dataset):
         self.samples = samples
 
     def __getitem__(self, index: int):
-        path, counts = self.samples.path(index), []
+        samples, path, counts, sizes = self.samples, self.samples.path(index), [], []
 
-        def choose(n: int) -> list[int]:
+        def which_frames(n: int, rate: float | None) -> list[int]:
             counts.append(n)
-            return test_frames(n, SIZES["base"].frames, self.samples.stride)
+            choose = partial(test_frames, frames=SIZES["base"].frames, stride=samples.stride)
+            return resampled(choose, n, rate, samples.rate or rate)
+
+        def measured(frame: torch.Tensor) -> torch.Tensor:
+            sizes.append(tuple(frame.shape[1:]))
+            if samples.box:
+                frame = boxed(frame, samples.box, path)
+            return v2.functional.resize(frame, [8, 8])
 
         try:
-            if self.samples.modality == "image":
-                return index, 1, *read_image(path).shape[1:], ""
-            pixels = read_clip(path, choose)
-            return index, *counts, *pixels.shape[2:], ""
+            if samples.modality == "image":
+                counts.append(1)
+                measured(read_image(path))
+            else:
+                read_clip(path, which_frames, measured)
+            return index, counts[0], *sizes[0], ""
         except UserError as error:
             return index, 0, 0, 0, str(error)
 
 
-def inspect(samples: Samples, there: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Read the samples that are there on all cores. Returns columns frames, height, width (n, 3); and errors."""
+def inspect(samples: Samples) -> tuple[np.ndarray, list[str]]:
+    """Read all samples on all cores. Returns columns frames, height, width (n, 3); and errors."""
     table, errors = np.zeros((len(samples), 3), np.int64), []
-    for i, *row, error in tqdm(loader(Inspection(samples), os.cpu_count() or 1, batch_size=None,
-                                      sampler=np.flatnonzero(there)), desc=f"reading {samples.name}"):
+    batches = loader(Inspection(samples), os.cpu_count() or 1, batch_size=None, sampler=range(len(samples)))
+    for i, *row, error in tqdm(batches, desc=f"reading {samples.name}"):
         table[i] = row
-        errors += [error] if error else []
+        if error:
+            errors.append(error)
     return table, errors
+
+
+def published(name: str, split: str, fold: int) -> list[tuple[str, list[int]]]:
+    """The published versions of a list: digest and counts. DFEW's 16 frames have the lists of whole clips."""
+    found = []
+    for line in PUBLISHED.strip().splitlines():
+        of, part, number_of_fold, digest, *counts = line.split()
+        if (of, part, int(number_of_fold)) == (name.removesuffix("-16f"), split, fold):
+            found.append((digest, [int(count) for count in counts]))
+    return found
 
 
 def check_lists(splits: dict[str, Samples], title: str) -> list[str]:
@@ -104,30 +133,26 @@ def check_lists(splits: dict[str, Samples], title: str) -> list[str]:
     wrong, columns = [], [["", *splits["train"].classes, "in all"]]
     for split, samples in splits.items():
         print(f"{title}{split}", *samples.notes, sep="\n  ")
-        rows = map(str.split, PUBLISHED.strip().splitlines())
-        versions = [(digest, list(map(int, counts))) for name, part, fold, digest, *counts in rows
-                    if (name, part, int(fold)) == (samples.name, split, samples.fold)]
         counts = samples.counts() if samples.classes else []
-        for head, each in [(split, counts), *(("published", each) for _, each in versions)]:
-            columns.append([head, *(f"{count:,}" for count in [*each, sum(each) or len(samples)])])
+        versions = published(samples.name, split, samples.fold)
+        columns.append([split, *(f"{count:,}" for count in [*counts, len(samples)])])
+        for _, theirs in versions:
+            columns.append(["published", *(f"{count:,}" for count in [*theirs, sum(theirs)])])
         digest = versions and list_digest([os.fsdecode(name) for name in samples.names.tolist()], samples.labels)
-        if any(known == digest for known, _ in versions):
+        if digest in [known for known, _ in versions]:
             print("  matches the published split")
         elif ("-", counts) in versions:
             print("  has the published number of samples of each class")
         elif versions:
-            same = counts in [each for _, each in versions]
-            wrong.append(f"{title}{split} is not the published split: {'other samples' if same else 'other counts'}")
+            what = "samples" if counts in [theirs for _, theirs in versions] else "counts"
+            wrong.append(f"{title}{split} is not the published split: other {what}")
         names, times = np.unique(samples.names, return_counts=True)
         if len(names) < len(samples):
-            wrong.append(f"{title}{split} lists more than once: {few(names[times > 1])}")
+            wrong.append(f"{title}{split} lists more than once: {shortened(names[times > 1])}")
     for name, *cells in zip(*columns):
         print(f"  {name:15}" + "".join(f"{cell:>12}" for cell in cells))
-    for what in ("names", "people"):
-        lists = [getattr(samples, what) for samples in splits.values()]
-        both = np.intersect1d(*lists) if len(lists) == 2 and all(each is not None for each in lists) else []
-        if len(both):
-            wrong.append(f"{title}{'samples' if what == 'names' else what} in both train and test: {few(both)}")
+    if len(splits) == 2 and (both := overlap(*splits.values())):
+        wrong.append(f"{title}{both}")
     return wrong
 
 
@@ -137,8 +162,10 @@ def check_sizes(samples: Samples, table: np.ndarray) -> list[str]:
     if not len(table):
         return []
     shapes = Counter(map(tuple, table[:, 1:].tolist()))
-    print("height x width: " + ", ".join(f"{h} x {w} ({times:,})" for (h, w), times in shapes.most_common(5))
-          + (f" and {len(shapes) - 5} others" if len(shapes) > 5 else ""))
+    shown = [f"{h} x {w} ({times:,})" for (h, w), times in shapes.most_common(5)]
+    if len(shapes) > 5:
+        shown.append(f"{len(shapes) - 5} others")
+    print("height x width: " + ", ".join(shown))
     if samples.modality == "image":
         return []
     low, high = table[:, 0].min(), table[:, 0].max()
@@ -146,95 +173,154 @@ def check_sizes(samples: Samples, table: np.ndarray) -> list[str]:
     if samples.stride == 1 or high > SIZES["base"].frames:
         return []
     return [f"no clip has more than {high} frames: they were sampled already, but stride {samples.stride} is meant for "
-            f"whole clips: put these into {samples.root}, or give --stride 1"]
+            f"whole clips: give --stride 1 (DFEW's 16 frames are --dataset dfew-16f)"]
 
 
-def check(name: str, data_root: Path, fold: int | None = None, stride: int | None = None) -> list[str]:
+def check(name: str, data_root: Path, fold: int | None = None, stride: int | None = None, box=None) -> list[str]:
     """Read every sample of a data set once, print what it holds, and return what is wrong. Without a fold: all."""
-    dataset, wrong = catalogue(name), []
+    dataset, wrong, there = catalogue(name), [], {}
     folds = range(1, dataset.folds + 1) if fold is None else [fold]
-    both = dataset.classes if name in CATALOGUE else "," in name
+    has_test = dataset.classes if name in CATALOGUE else len(dataset.lists) == 2
     found = {(f, split): find_samples(name, data_root, split, f, stride)
-             for f in folds for split in (["train", "test"] if both else ["train"])}
-    one = found[folds[0], "train"][0]
-    every = replace(one, names=np.unique(np.concatenate([samples.names for samples, _ in found.values()])))
-    there = np.zeros(len(every), bool)
+             for f in folds for split in (["train", "test"] if has_test else ["train"])}
     for samples, present in found.values():
-        there[np.searchsorted(every.names, samples.names)] = present
+        there.update((os.fsencode(samples.path(i)), present[i]) for i in range(len(samples)))
+    one = found[folds[0], "train"][0]
     if name in CATALOGUE and not dataset.classes:
-        now, path = np.array(list_videos(every.root)), every.root / "files.txt"
-        there, unlisted = np.isin(every.names, now), np.setdiff1d(now, every.names)
-        if len(unlisted) or not there.all():
-            wrong.append(f"{path} is out of date, {len(unlisted)} files are not in it and {(~there).sum()} of it are "
-                         f"gone: delete {path} to list anew")
-    table, errors = inspect(every, there)
-    print(f"{name}: {len(every):,} {dataset.modality}s in {every.root}"
-          + (f", stride {every.stride}" if dataset.modality == "video" else ""))
+        now, path = np.array(list_videos(one.root)), one.root / "files.txt"
+        gone, unlisted = np.setdiff1d(one.names, now), np.setdiff1d(now, one.names)
+        if len(unlisted) or len(gone):
+            wrong.append(f"{path} is out of date, {len(unlisted)} files are not in it and {len(gone)} of it are gone: "
+                         f"delete {path} to list anew")
+    everything = replace(one, root=Path(), names=np.array([path for path in there if there[path]]), box=box)
+    table, errors = inspect(everything)
+    stride_of = f", stride {one.stride}" if dataset.modality == "video" else ""
+    print(f"{name}: {len(there):,} {dataset.modality}s in {one.root}{stride_of}")
     for f in folds:
-        wrong += check_lists({split: samples for (of, split), (samples, _) in found.items() if of == f},
-                             f"fold {f}, " if dataset.folds > 1 else "")
-    if not there.all():
-        wrong.append(f"missing in {every.root}: {few(every.names[~there])}")
+        title = f"fold {f}, " if dataset.folds > 1 else ""
+        wrong += check_lists({split: samples for (of, split), (samples, _) in found.items() if of == f}, title)
+    missing = [path for path in there if not there[path]]
+    if missing:
+        wrong.append(f"missing: {shortened(missing)}")
     if errors:
-        wrong.append(f"unreadable: {few(errors)}")
-    return wrong + check_sizes(every, table)
+        wrong.append(f"unreadable: {shortened(errors)}")
+    return wrong + check_sizes(one, table)
 
 
 # ------------------------------------------------------------------------------------------------------------- show
 
-def show(name: str, data_root: Path, fold: int = 1, stride: int | None = None, masked: bool = False,
-         seed: int = 0) -> Image.Image:
-    """A contact sheet of one batch as training gets it: 8 clips as rows of frames, or images, a row for each class.
-
-    masked: as stage 1 gets it, with the hidden patches grey. Without classes: as stage 1 gets it in any case.
-    """
-    samples, synthetic = load_samples(name, data_root, "train", fold, stride), name.startswith("synthetic")
-    classes, modality, size = samples.classes, samples.modality, SIZES["tiny" if synthetic else "base"]
-    stage = "finetune" if classes and not masked else "pretrain"
-    batch = 8 if modality == "video" else 16 * max(1, len(classes))
-    sources = {modality: Source(samples, batch, batch, balanced=modality == "image" and stage == "finetune")}
-    batches = loader(TrainingData(sources, stage, size, "light" if synthetic else "paper"), 0, batch_size=None,
-                     sampler=Schedule(sources, seed, 1, 0, 1))
-    micro, x, labels, errors = next(iter(batches))
+def show(args) -> torch.Tensor:
+    """A sheet uint8 (3, H, W) of one batch as training gets it: 8 clips as rows of frames, or images, a row for each
+    class; prints what the rows are. With --mask as stage 1 gets it, with the hidden patches grey; without classes as
+    stage 1 gets it in any case."""
+    samples = replace(load_samples(args.dataset, args.data_root, "train", args.fold or 1, args.stride), box=args.crop)
+    drawn = args.dataset.startswith("synthetic")
+    size = args.size or ("tiny" if drawn else "base")
+    strength = args.augment or ("light" if size == "tiny" else "paper")
+    size, tiny = SIZES[size], size == "tiny"
+    classes, m = samples.classes, samples.modality
+    stage = "finetune" if classes and not args.mask else "pretrain"
+    batch = 8 if m == "video" else 16 * max(1, len(classes))
+    sources = {m: Source(samples, batch, batch, balanced=m == "image" and stage == "finetune")}
+    micro = next(iter(Schedule(sources, args.seed, 1, 0, 1)))
+    micro, x, labels, errors = TrainingData(sources, stage, size, strength)[micro]
     if errors:
         raise UserError(errors[0])
     x = x.reshape(len(x), -1, 3, size.pixels, size.pixels)                  # (B, T, 3, H, W), T = 1 for images
-    if masked:
+    if args.mask:
         torch.manual_seed(micro.seed)       # the masks that training draws for this batch on the CPU
         cells = size.pixels // size.patch
-        ratio = TINY[f"{modality}_mask_ratio"] if synthetic else MASK_RATIO[modality]
-        hidden = random_mask(len(x), getattr(size, f"{modality}_tokens"), ratio)
-        hidden = hidden.unflatten(1, (-1, cells, cells))
+        ratio = TINY[f"{m}_mask_ratio"] if tiny else MASK_RATIO[m]
+        hidden = random_mask(len(x), getattr(size, f"{m}_tokens"), ratio).unflatten(1, (-1, cells, cells))
         for dim, times in enumerate((size.tubelet, size.patch, size.patch), start=1):
             hidden = hidden.repeat_interleave(times, dim)
         x = x.masked_fill(hidden[:, :x.shape[1], None], 128)
-    words = (*classes, "")                  # label -1: none
-    if modality == "video":
-        files = [os.fsdecode(bytes(samples.names[i]))[-30:] for i in micro.index]
-        return contact_sheet([(f"{words[label]}\n{file}", clip) for label, file, clip in zip(labels, files, x)])
-    return contact_sheet([(words[label], x[labels == label][:16, 0]) for label in labels.unique()])
+    words, rows = (*classes, "unlabelled"), []                              # label -1: none
+    if m == "video":
+        for index, label, clip in zip(micro.index, labels, x):
+            rows.append((f"{words[label]} {samples.path(index)}", clip))
+    else:
+        for label in labels.unique():
+            rows.append((words[label], x[labels == label][:16, 0]))
+    width = max(len(pictures) for _, pictures in rows)
+    sheet = torch.full((len(rows), width, 3, size.pixels, size.pixels), 255, dtype=torch.uint8)
+    for i, (caption, pictures) in enumerate(rows):
+        print(f"row {i + 1}: {caption}")
+        sheet[i, :len(pictures)] = pictures
+    times = -(-96 // size.pixels)           # what the model sees is shown pixel by pixel
+    sheet = sheet.repeat_interleave(times, -1).repeat_interleave(times, -2)
+    return make_grid(sheet.flatten(0, 1), nrow=width, pad_value=255)
+
+
+# ------------------------------------------------------------------------------------------------------------ split
+
+def split(name: str, data_root: Path, share: float, person: str | None, output: Path, seed: int) -> None:
+    """Write train.csv and test.csv, with that share of the people, where they are known, or of each class."""
+    samples, rows = load_samples(name, data_root, "train"), own_rows(catalogue(name).lists[0])
+    classes = class_names(Path(name), rows)  # those of a folder that is not divided, too
+    if not classes:
+        raise UserError(f"{name} has no labels")
+    labels = np.array([classes.index(row.label) for row in rows])
+    samples = replace(samples, classes=classes, labels=labels)
+    if person:
+        found = [re.search(person, row.name) for row in rows]
+        if None in found:
+            raise UserError(f"--person {person!r} finds nobody in {rows[found.index(None)].name}")
+        samples.people = np.array([match[match.lastindex or 0].encode() for match in found])
+    files = [output / "train.csv", output / "test.csv"]
+    for path in files:
+        if path.exists():
+            raise UserError(f"{path} is there already: give another --output")
+    for path, part in zip(files, hold_out(samples, share, seed)):
+        counts = ", ".join(f"{count} {word}" for word, count in zip(classes, part.counts()))
+        people = "" if part.people is None else f" of {len(np.unique(part.people))} people"
+        with whole_file(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", "label"] + ["person"] * bool(people))
+            for i, label in enumerate(part.labels):
+                place = Path(os.path.abspath(part.path(i)))
+                if place.is_relative_to(os.path.abspath(output)):
+                    place = place.relative_to(os.path.abspath(output))
+                writer.writerow([place.as_posix(), classes[label]] + [part.people[i].decode()] * bool(people))
+        print(f"{path}: {len(part)} samples{people}: {counts}")
+    print(f"now: --dataset {files[0]},{files[1]}")
 
 
 def settings() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", required=True, type=dataset_name(), help="as in finetune.py and pretrain.py")
+    p.add_argument("folder", nargs="?", type=dataset_name(), metavar="DATASET", help="the same as --dataset")
+    p.add_argument("--dataset", type=dataset_name(), help="as in finetune.py and pretrain.py")
     p.add_argument("--data-root", type=path, default="data", help="folder of all data sets (data)")
     p.add_argument("--fold", type=number(int, 1), help="of cross-validation (all, --show: 1)")
     p.add_argument("--stride", type=number(int, 1), help="of the frames of a clip (the data set's)")
-    p.add_argument("--show", type=path, metavar="PNG", help="draw a batch of the training loader instead")
+    p.add_argument("--crop", type=box, metavar="X,Y,W,H", help="a fixed part of every frame, in pixels (all of it)")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of everything random")
+    p.add_argument("--show", type=path, metavar="PNG", help="draw a batch as training gets it instead")
+    p.add_argument("--size", choices=list(SIZES), help="of --show: of the model (base, or tiny on drawn faces)")
+    p.add_argument("--augment", choices=["paper", "light"], help="of --show: (paper; light for size tiny)")
     p.add_argument("--mask", action="store_true", help="of --show: as stage 1 gets it, masked patches grey")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of --show: of everything random")
+    p.add_argument("--split", type=number(float, 0, 1), metavar="SHARE", help="write train.csv and test.csv instead")
+    p.add_argument("--person", metavar="REGEX", help="of --split: what it finds in a path is the person")
+    p.add_argument("--output", type=path, default=Path(), help="of --split: the folder for both (this one)")
     return p
 
 
 def main() -> None:
-    args = settings().parse_args()
-    if args.show:
-        sheet = show(args.dataset, args.data_root, args.fold or 1, args.stride, args.mask, args.seed)
+    p = settings()
+    args = p.parse_args()
+    args.dataset = args.dataset or args.folder
+    if not args.dataset:
+        p.error("--dataset is missing")
+    if args.split is not None:
+        if args.dataset in CATALOGUE or len(catalogue(args.dataset).lists) > 1:
+            p.error(f"--split: {args.dataset} is divided already")
+        split(args.dataset, args.data_root, args.split, args.person, args.output, args.seed)
+    elif args.show:
+        sheet = v2.functional.to_pil_image(show(args))
         with whole_file(args.show) as file:
             sheet.save(file, "PNG")
         print(f"wrote {args.show}")
-    elif wrong := check(args.dataset, args.data_root, args.fold, args.stride):
+    elif wrong := check(args.dataset, args.data_root, args.fold, args.stride, args.crop):
         raise UserError("\nerror: ".join(wrong))
     else:
         print("nothing is wrong")

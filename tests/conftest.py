@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -24,9 +23,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from faces import write_faces  # noqa: E402  (needs the path above)
+import pretrain  # noqa: E402  (needs the path above)
+from faces import write_faces  # noqa: E402
 from pretrain import guarded  # noqa: E402
 
+pretrain.product_seconds = lambda width: [1.0, 2.0]  # fp32 whatever is fast here: bits are compared
 torch.set_num_threads(1)                    # as the scripts do for size tiny, whose products are too small to share
 tqdm.set_lock(threading.RLock())            # its own is shared by forked processes, of which a killed one may hold it
 
@@ -76,7 +77,8 @@ class Forked:
             os.environ |= {"COLUMNS": "100"} | {name: str(value) for name, value in environment.items()}
             os.chdir(folder)
             sys.argv = [str(script), *map(str, arguments)]
-            status = exit_status(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
+            module = importlib.import_module(Path(script).stem)
+            status = exit_status(lambda: guarded(module.main))
             sys.stdout.flush()
         except BaseException:
             traceback.print_exc()

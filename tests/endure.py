@@ -123,7 +123,7 @@ def endure(folder: Path, data_root: Path, script: str, epochs: int, kills: int, 
            *more) -> str:
     """Compare an undisturbed run with one that was killed; returns a line on it, AssertionError if they differ."""
     common = [script, "--dataset", "synthetic", "--data-root", data_root, "--epochs", epochs, "--resume",
-              "--micro-batch", 8, "--save-minutes", 0, "--workers", 1, *more]
+              "--micro-batch", 8, "--save-minutes", 0, "--workers", 1, "--precision", "fp32", *more]
     name = f"{Path(script).stem}-{processes}"
     whole = start(folder, *common, "--output", folder / f"{name}-whole", processes=processes)
     done, in_writing = kill_and_continue(folder, [*common, "--output", folder / f"{name}-killed"], kills, processes,

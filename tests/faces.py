@@ -12,7 +12,6 @@ the seed's million, so that no run takes one seed's faces for another's.
 import argparse
 import io
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -31,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import UserError  # noqa: E402  (needs the path above)
-from pretrain import guarded, keep_freed_memory, number, path  # noqa: E402
+from pretrain import guarded, number, path  # noqa: E402
 
 ACTION_UNITS = (1, 2, 4, 5, 6, 7, 9, 12, 15, 20, 23, 26, 45)  # the columns of every `action_units` array
 EXPRESSIONS = {"neutral": (), "happiness": (6, 12), "sadness": (1, 4, 15), "surprise": (1, 2, 5, 26),
@@ -379,7 +378,6 @@ def end_with(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=watch, daemon=True).start()
-    keep_freed_memory()
 
 
 def draw(root: Path, seed: int, scale: float, test_people: int, follow: str) -> None:
@@ -387,8 +385,7 @@ def draw(root: Path, seed: int, scale: float, test_people: int, follow: str) -> 
     files = plan_files(root, seed, scale, test_people)
     for folder in {file.path.parent for file in files}:
         folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")  # "spawn" would import torch once more in every worker
-    pool = ProcessPoolExecutor(mp_context=context, initializer=end_with, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(initializer=end_with, initargs=(os.getpid(),))
     try:
         list(tqdm(pool.map(write_file, files, chunksize=8), total=len(files), desc="synthetic faces"))
     finally:

@@ -1,8 +1,8 @@
-"""What the README must keep true: its first two commands and its table of equations.
+"""What the pages must keep true: the README's first two commands, and the lines of code that any page names.
 
     python tests/readme.py command 1      print the README's first (or second) command
-    python tests/readme.py equations      print the table "equation -> file and line" of the code as it is
-    python tests/readme.py lines          correct the line numbers in the README and the pages beside the scripts
+    python tests/readme.py equations      print the table "equation, line, code" of the code as it is
+    python tests/readme.py lines          correct line numbers, files' lengths and that table in all pages
 """
 import re
 import sys
@@ -13,40 +13,53 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "tests").glob("*.md")))
 FILES = ("model.py", "data.py", "pretrain.py", "finetune.py", "evaluate.py")
 
 
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def command(number: int) -> str:
-    """The number-th fenced shell block of the README, counted from 1."""
-    return re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number - 1].strip()
+    """The number-th fenced bash block of the README, counted from 1."""
+    return re.findall(r"```bash\n(.*?)```", read(ROOT / "README.md"), re.DOTALL)[number - 1].strip()
 
 
 def equations() -> list[str]:
-    """Table rows for Eqs. (1) to (13): where each is computed, that is, the first line of code after its comment."""
+    """A row for each of Eqs. (1) to (13), as tests/lesson.md has them: the first line of code after its comment."""
     rows = {}
     for file in FILES:
-        lines = (ROOT / file).read_text().splitlines()
+        lines = read(ROOT / file).splitlines()
         for i, line in enumerate(lines):
             if re.match(r"\s*# Eq\. \(\d+\)", line):
                 code = next(j for j in range(i, len(lines)) if not lines[j].lstrip().startswith("#"))
+                place = f"[{file}:{code + 1}](../{file}#L{code + 1})"
+                shown = lines[code].split("  #")[0].strip()
                 for number in map(int, re.findall(r"Eq\. \((\d+)\)", line)):
-                    text = lines[code].split("  #")[0].strip()
-                    rows.setdefault(number, f"| ({number}) | [{file}:{code + 1}]({file}#L{code + 1}) | `{text}` |")
+                    rows.setdefault(number, f"| ({number}) | {place} | `{shown}` |")
     return [rows[number] for number in sorted(rows)]
 
 
-def with_true_lines(text: str) -> str:
-    """The text with every "[file:line](file#Lline) `code`" pointing at the first line that holds that code."""
+def with_true_lines(page: str) -> str:
+    """The text of a page with every "[file:line](file#Lline) `code`" pointing at the first line that holds that code.
+    The table of equations, and the files' lengths in "| [file](file) | lines |", become those of the code, too."""
     def true(match):
         file, code = match["file"], match["code"]
-        lines = (ROOT / file).read_text().splitlines()
+        lines = read(ROOT / file).splitlines()
         number = next((i for i, line in enumerate(lines, 1) if code in line), None)
         if number is None:
             raise SystemExit(f"{file} has no line with {code!r}")
         return f"[{file}:{number}]({match['up']}{file}#L{number}) `{code}`"
-    return re.sub(r"\[(?P<file>\w+\.py):\d+\]\((?P<up>(\.\./)?)\w+\.py#L\d+\) `(?P<code>[^`]+)`", true, text)
+
+    def length(match):
+        return f"{match[1]}{len(read(ROOT / match['file']).splitlines())} |"
+    page = re.sub(r"(\| \[(?P<file>\w+\.py)\]\(\w+\.py\) \| )\d+ \|", length, page)
+    page = re.sub(r"\[(?P<file>\w+\.py):\d+\]\((?P<up>(\.\./)?)\w+\.py#L\d+\) `(?P<code>[^`]+)`", true, page)
+    return re.sub(r"(^\| \(\d+\) \| \[.*\n)+", lambda match: "\n".join(equations()) + "\n", page, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "lines":
         for page in PAGES:
-            page.write_text(with_true_lines(page.read_text()))
+            page.write_text(with_true_lines(read(page)), encoding="utf-8")
+    elif sys.argv[1] == "command":
+        print(command(int(sys.argv[2])))
     else:
-        print(command(int(sys.argv[2])) if sys.argv[1] == "command" else "\n".join(equations()))
+        print("\n".join(equations()))

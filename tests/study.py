@@ -78,12 +78,12 @@ class InMemory(TrainingData):
     memory: dict                            # what is decoded already, by path
 
     def read(self, samples, modality, index):
-        path, fitted = samples.path(index), self.fit[modality]
+        path, transform = samples.path(index), self.transform[modality]
         if path not in self.memory:
-            self.memory[path] = (fitted(read_image(path)) if modality == "image" else
-                                 read_clip(path, lambda n: list(range(n)), fitted))
+            self.memory[path] = (transform(read_image(path)) if modality == "image" else
+                                 read_clip(path, lambda n, rate: list(range(n)), transform))
         whole = self.memory[path]
-        return whole if modality == "image" else whole[self.choose(len(whole), self.frames, samples.stride)]
+        return whole if modality == "image" else whole[self.which_frames[modality](len(whole))]
 
 
 class Quiet(pretrain.Process):
@@ -151,7 +151,7 @@ class World:
         torch.manual_seed(self.seed)
         classes = [sources[m].samples.classes if m in sources else () for m in ("image", "video")]
         model, _ = finetune.build(args, classes, None)
-        objective = finetune.JointLoss(model, args.mixing, args.label_smoothing, args.balance)
+        objective = finetune.JointLoss(model, args.mixing, args.label_smoothing)
         self.train(finetune, args, model, objective, sources)
         test = {"video": "video", "image": row.images}
         return {m: evaluate(model, self.samples[test[m], "test"], self.process, 0)[0]["uar"] for m in sources}
@@ -208,9 +208,11 @@ def report(worlds: list[dict]) -> str:
 def picture(worlds: list[dict], path: Path) -> None:
     """UAR on clips over labelled people, joint and on clips only, with 95 % bands."""
     people, joint = (4, 8, 16, PEOPLE), ["joint-4", "joint-8", "joint-16", "s4d"]
-    curves("UAR on clips of unseen people, %, with 95 % bands", "people whose clips are labelled (7 each)", people,
-           {"photographs too (joint)": [interval(scores(worlds, name)) for name in joint],
-            "clips only": [interval(scores(worlds, f"clips-{n}")) for n in people]}).save(path)
+    lines = {"photographs too (joint)": [interval(scores(worlds, name)) for name in joint],
+             "clips only": [interval(scores(worlds, f"clips-{n}")) for n in people]}
+    drawing = curves("UAR on clips of unseen people, %, with 95 % bands", "people whose clips are labelled (7 each)",
+                     people, lines)
+    path.write_text(drawing, encoding="utf-8")
 
 
 def settings() -> argparse.ArgumentParser:
@@ -243,7 +245,7 @@ def main() -> None:
     worlds = [finished(args.output / f"world-{seed}") for seed in args.worlds]
     print(report(worlds))
     if all(set(ROWS) <= world.keys() for world in worlds):
-        picture(worlds, args.output / "study.png")
+        picture(worlds, args.output / "study.svg")
 
 
 if __name__ == "__main__":

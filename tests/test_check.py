@@ -34,14 +34,15 @@ def test_what_is_wrong_is_named(tmp_path):
     (tmp_path / "test.csv").write_text("path,label,person\n4.png,a,Flo\n5.png,a,Bob\nempty.png,a,Gil\ngone.png,b,Hal\n"
                                        "7.png,a,Ida\n")
     text = run_here(tmp_path, "tests/check.py", "--dataset", "train.csv,test.csv", status=1)
+    name = f"{tmp_path}/train.csv,{tmp_path}/test.csv"
     for expected in ("error: train lists more than once: 1: 3.png",
-                     "error: samples in both train and test: 1: 4.png",
-                     "error: people in both train and test: 1: Bob",
-                     f"error: missing in {tmp_path}: 1: gone.png",
+                     f"error: samples in both train and test of {name}: 1: {tmp_path}/4.png; people in both train and "
+                     f"test of {name}: 1: Bob",
+                     f"error: missing: 1: {tmp_path}/gone.png",
                      f"error: unreadable: 1: {tmp_path / 'empty.png'} cannot be read",
                      "height x width: 20 x 30 (6), 20 x 31 (1)"):
         assert expected in text, text
-    assert text.count("error: ") == 5
+    assert text.count("error: ") == 4
     rows = [line.split() for line in text.splitlines() if line.startswith("  ")]
     assert ["a", "4", "4"] in rows and ["b", "2", "1"] in rows and ["in", "all", "6", "5"] in rows
 
@@ -63,7 +64,7 @@ def test_the_published_split_is_known_and_so_are_clips_of_the_wrong_version(tmp_
         problems = check.check("dfew", tmp_path, 1)
         printed = capsys.readouterr().out
         assert ("matches the published split" in printed) == (wrong is None) and wrong in (None, problems[0])
-        assert "counted from 1, mapped to 0 to 6" in printed and "published number of samples" in printed
+        assert "labels count from 1" in printed and "published number of samples" in printed
         assert "no clip has more than 16 frames" in problems[-1]  # DFEW's 16 frames in the place of whole clips
 
 
@@ -84,7 +85,7 @@ def test_the_real_split_files_are_the_published_ones(tmp_path, capsys, monkeypat
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ANNOTATIONS / found[name].format(fold=fold, split=split), path)
     problem, = check.check(name, tmp_path)
-    assert problem.startswith(f"missing in {tmp_path / media}: ")
+    assert problem.startswith("missing: ") and str(tmp_path / media) in problem
     assert capsys.readouterr().out.count("matches the published split") == 2 * folds
 
 
@@ -96,7 +97,7 @@ def test_affectnets_real_test_list_is_a_published_one(tmp_path, capsys):
     problems = check.check("affectnet-7", tmp_path)
     assert capsys.readouterr().out.count("matches the published split") == 1
     assert problems[0] == "train is not the published split: other counts"
-    assert problems[1].startswith("samples in both train and test: 3267: ")
+    assert problems[1].startswith("samples in both train and test of affectnet-7: 3267: ")
 
 
 def test_a_list_of_files_that_is_out_of_date(tmp_path):
@@ -113,29 +114,66 @@ def test_a_list_of_files_that_is_out_of_date(tmp_path):
         "anew")
 
 
+def sheet(*arguments) -> np.ndarray:
+    """What --show draws, (H, W, 3)."""
+    return check.show(check.settings().parse_args([str(argument) for argument in arguments])).permute(1, 2, 0).numpy()
+
+
 def test_the_sheet_holds_the_pixels_of_the_loader(faces, tmp_path):
     colour = (200, 60, 40)
+    picture = Image.new("RGB", (90, 60), "blue")
+    picture.paste(colour, (40, 10, 90, 50))
     for i in range(4):
-        Image.new("RGB", (50, 40), colour).save(tmp_path / f"{i}.png")
+        picture.save(tmp_path / f"{i}.png")
     (tmp_path / "faces.csv").write_text("path\n0.png\n1.png\n2.png\n3.png\n")
-    run_here(tmp_path, "tests/check.py", "--dataset", "faces.csv", "--mask", "--show", "sheet.png")
-    whole = check.show(str(tmp_path / "faces.csv"), tmp_path)
-    for sheet, least, most in ((whole, 1, 1), (Image.open(tmp_path / "sheet.png"), 0.1, 0.1)):  # 90 % of it hidden
-        pictures = np.array(sheet).reshape(-1, 3)
+    given = ["--dataset", tmp_path / "faces.csv", "--crop", "40,10,50,40"]
+    run_here(tmp_path, "tests/check.py", *given, "--mask", "--show", "sheet.png")
+    for shown, size, least, most in ((sheet(*given), 160, 1, 1), (sheet(*given, "--size", "tiny"), 96, 1, 1),
+                                     (Image.open(tmp_path / "sheet.png"), 160, 0.1, 0.1)):  # 90 % of it hidden
+        pictures = np.array(shown).reshape(-1, 3)
         pictures = pictures[(pictures != 255).all(1)]
-        shown = (pictures == colour).all(1)
-        assert len(pictures) == 4 * 160 * 160 and least <= shown.mean() <= most
-        assert (pictures[~shown] == 128).all()
-    sheet = check.show("synthetic", faces, fold=2)
-    assert 8 * 96 < sheet.height <= 8 * (96 + 4) and 16 * 96 < sheet.width < 16 * (96 + 2) + 150
-    first, again, other = (check.show("synthetic-images", faces, seed=seed).tobytes() for seed in (0, 0, 1))
-    assert first == again != other
+        seen = (pictures == colour).all(1)
+        assert len(pictures) == 4 * size * size and least <= seen.mean() <= most
+        assert (pictures[~seen] == 128).all()
+    drawn = ["--data-root", faces, "--dataset"]
+    assert sheet(*drawn, "synthetic", "--fold", 2).shape == (8 * 98 + 2, 16 * 98 + 2, 3)
+    assert sheet(*drawn, "synthetic", "--size", "base").shape == (8 * 162 + 2, 16 * 162 + 2, 3)
+    first, again, other = (sheet(*drawn, "synthetic-images", "--seed", seed) for seed in (0, 0, 1))
+    assert (first == again).all() and (first != other).any()
+    light, paper = (sheet(*drawn, "synthetic-images", "--augment", strength) for strength in ("light", "paper"))
+    assert (light == first).all() and (light != paper).any()
+    text = run_here(faces, "tests/check.py", *drawn, "synthetic", "--show", "sheet.png")
+    assert text.count("row ") == 8 and ".mp4" in text
     os.remove(tmp_path / "0.png")
     with pytest.raises(UserError, match="0.png"):
-        check.show(str(tmp_path / "faces.csv"), tmp_path)
+        sheet(*given)
     text = run_here(faces, "tests/check.py", "--dataset", "synthetic", "--data-root", faces, "--show", "no/a.png",
                     status=1)
     assert "no/a.png" in text and "cannot be written" in text
+
+
+def test_a_folder_by_class_is_split_with_people_apart(tmp_path):
+    for person in range(10):
+        for label in ("happy", "sad, very"):
+            path = tmp_path / f"faces/{label}/p{person}_{label[0]}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 20 * person).save(path)
+    text = run_here(tmp_path, "tests/check.py", "faces", "--split", "0.3", "--person", r"(p\d+)_")
+    assert "test.csv: 6 samples of 3 people: 3 happy, 3 sad, very" in text
+    train, test = (load_samples(f"{tmp_path}/train.csv,{tmp_path}/test.csv", tmp_path, split)
+                   for split in ("train", "test"))
+    assert (len(train), len(test)) == (14, 6) and not data.overlap(train, test)
+    assert train.classes == ("happy", "sad, very") and train.modality == "image"
+    assert {name.split(b"/")[-1].split(b"_")[0] for name in test.names.tolist()} == set(test.people.tolist())
+    run_here(tmp_path, "tests/check.py", "--dataset", "train.csv,test.csv")
+    (tmp_path / "out").mkdir()
+    text = run_here(tmp_path, "tests/check.py", "train.csv", "--split", "0.5", "--output", "out")  # one's own list
+    assert "train.csv: 8 samples of 4 people" in text or "train.csv: 6 samples of 3 people" in text
+    assert "1: " not in run_here(tmp_path, "tests/check.py", "out/train.csv,out/test.csv")
+    for arguments, status, said in ((["faces", "--split", "0.3"], 1, "there already"),
+                                    (["train.csv,test.csv", "--split", "0.3"], 2, "divided already"),
+                                    (["faces", "--split", "0.3", "--person", "x"], 1, "finds nobody in happy/p0_")):
+        assert said in run_here(tmp_path, "tests/check.py", *arguments, status=status)
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path, faces):

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune import JointLoss  # noqa: E402
+from data import to_float  # noqa: E402
 from model import (MASK_RATIO, S4D, Attention, Layer, MaskedAutoencoder, MoAE, NoisyTopKGate, ViTMoE,  # noqa: E402
                    PatchEmbed, SIZES, UserError, masked_tokens, patchify, random_mask, sincos_table)
 
@@ -208,9 +209,9 @@ def some_mask(tokens, count):
     return torch.stack([torch.randperm(tokens) < count for _ in range(2)])
 
 
-def fixed_noise(monkeypatch, *shape, dtype=torch.float64):
+def fixed_noise(monkeypatch, *shape):
     """What torch.randn_like returns from now on."""
-    noise = torch.randn(*shape, dtype=dtype)
+    noise = torch.randn(*shape, dtype=torch.float64)
     monkeypatch.setattr(torch, "randn_like", lambda like: noise)
     return noise
 
@@ -257,21 +258,6 @@ def test_attention_and_its_weights():
     assert_same(module(x), (weights @ v).transpose(1, 2).reshape(2, 5, 12) @ module.proj.weight.T + module.proj.bias)
 
 
-def test_attention_in_bf16_is_that_in_fp32_up_to_rounding():
-    """On a CPU it takes another way; both ways must have the same gradients too."""
-    module = Attention(128, heads=2)
-    torch.nn.init.normal_(module.qkv.weight, std=0.2)
-    results = []
-    for enabled in (False, True):
-        x = torch.randn(2, 36, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = module(x)
-        out.float().square().sum().backward()
-        results.append((out.float(), x.grad))
-    for exact, rounded in zip(*results):
-        assert (exact - rounded).norm() < 0.03 * exact.norm()
-
-
 # -------------------------------------------------------------------------------------------- stage 1: Eqs. (1) and (2)
 
 @pytest.mark.parametrize("modality, tokens, count", [("image", 36, 25), ("video", 72, 60)])
@@ -288,19 +274,6 @@ def test_masked_autoencoder_equations_1_and_2(modality, tokens, count):
     assert_same(loss, sum(squares) / (2 * count))  # by the number of hidden tokens: see the README's table
 
 
-def test_pixels_of_hidden_tokens_never_reach_the_encoder():
-    model, x, hidden = autoencoder(), batch("image"), some_mask(36, 25)
-    other = x.clone()
-    for sample, mask in zip(other, hidden):
-        for token, is_hidden in zip(cut(sample.unsqueeze(1)), mask):  # one frame: windows into the sample itself
-            if is_hidden:
-                token.normal_()
-    loss, pred, _ = model(x, hidden)
-    other_loss, other_pred, _ = model(other, hidden)
-    assert torch.equal(pred, other_pred)
-    assert loss != other_loss
-
-
 @pytest.mark.parametrize("tokens, ratio, count", [(800, 0.95, 760), (100, 0.90, 90), (36, 0.9, 32), (72, 0.95, 68)])
 def test_random_masks_hide_exactly_the_floor_of_the_ratio(tokens, ratio, count):
     hidden = random_mask(6, tokens, ratio)
@@ -308,13 +281,6 @@ def test_random_masks_hide_exactly_the_floor_of_the_ratio(tokens, ratio, count):
     assert len({tuple(row) for row in hidden.tolist()}) == 6
     often = random_mask(4000, 20, 0.75).double().mean(0)
     assert (often - 0.75).abs().max() < 0.04  # every token alike: 5 standard deviations of a mean of 4000
-
-
-def test_masks_must_leave_some_of_both_kinds():
-    assert masked_tokens(100, 0.29) == 29
-    for ratio in (0.0, 0.005, 1.0, 1.5, -0.5):
-        with pytest.raises(UserError, match=f"mask ratio {ratio} of 100"):
-            masked_tokens(100, ratio)
 
 
 @pytest.mark.parametrize("modality, ratio, count", [("image", 0.90, 32), ("video", 0.95, 68)])
@@ -328,6 +294,10 @@ def test_masks_that_the_autoencoder_draws_itself(modality, ratio, count):
 
 
 def test_masks_that_do_not_fit_are_refused():
+    assert masked_tokens(100, 0.29) == 29
+    for ratio in (0.0, 0.005, 1.0, 1.5, -0.5):
+        with pytest.raises(UserError, match=f"mask ratio {ratio} of 100"):
+            masked_tokens(100, ratio)
     model, x, hidden = autoencoder(), batch("image"), some_mask(36, 25)
     unequal = hidden.clone()
     unequal[0] = torch.arange(36) < 24
@@ -352,11 +322,8 @@ def test_gate_in_evaluation_has_no_noise(n, k):
     gates = gates_of(router, x)
     assert_same(gates, [[gate(router, k, token) for token in s] for s in x])
     assert torch.equal(gates, gates_of(router, x))
-
-
-def test_gate_with_all_experts_is_the_plain_softmax_of_equation_4():
-    router, x = random_weights(NoisyTopKGate(12, 5, k=5)), torch.randn(2, 7, 12, dtype=torch.float64)
-    assert_same(gates_of(router, x), [[softmax(linear(router.topkroute_linear, token)) for token in s] for s in x])
+    if n == k:                              # Eq. (4)
+        assert_same(gates, [[softmax(linear(router.topkroute_linear, token)) for token in s] for s in x])
 
 
 @pytest.mark.parametrize("n, k", [(8, 2), (4, 4)])
@@ -370,99 +337,56 @@ def test_gate_in_training_adds_noise_of_deviation_sigma(monkeypatch, n, k, sigma
     gates = gates_of(router, x)
     assert_same(gates, [[gate(router, k, x[b, i], noise[b, i], sigma) for i in range(7)] for b in range(2)])
     assert not torch.equal(gates, quiet)
-    logits, chosen = router.latest
-    assert_same(logits, [[linear(router.topkroute_linear, token) for token in s] for s in x])  # without the noise
-    assert torch.equal(chosen, router(x)[1])
-
-
-def test_an_expert_is_chosen_even_where_its_weight_underflows():
-    router = NoisyTopKGate(2, 3, k=2).eval()
-    with torch.no_grad():
-        router.topkroute_linear.weight.copy_(torch.tensor([[200., 0], [50, 0], [0, 50]]))
-    weights, chosen = router(torch.tensor([[1., 0.5]]))
-    assert weights.tolist() == [[1, 0]] and chosen.tolist() == [[0, 1]]
 
 
 # ------------------------------------------------------------------------------------------------ experts: Eqs. (7)-(9)
 
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("layer, residual", [(MoAE, True), (MoAE, False), (ViTMoE, False)])
 @pytest.mark.parametrize("n, k, r", [(8, 2, 3), (4, 1, 5), (3, 3, 1), (1, 1, 2)])
-def test_expert_layer_equations_7_to_9(n, k, r, residual):
-    module = random_weights(MoAE(12, r, n, k, residual=residual))
+def test_expert_layer_equations_7_to_9(layer, n, k, r, residual):
+    module = random_weights(layer(12, r, n, k, residual=residual))
     x = torch.randn(2, 7, 12, dtype=torch.float64)
     assert_same(module(x), [[moae(module, k, token, residual) for token in s] for s in x])
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_expert_layer_has_the_gradients_of_the_plain_sum(monkeypatch, residual):
+@pytest.mark.parametrize("tokens", [7, 2])  # of two tokens, some experts get none
+@pytest.mark.parametrize("layer, residual", [(MoAE, True), (MoAE, False), (ViTMoE, False)])
+def test_expert_layer_has_the_gradients_of_the_plain_sum(monkeypatch, layer, residual, tokens):
     """In training, so that the learned deviation of the noise has a gradient as well."""
-    module = random_weights(MoAE(12, 3, 4, 2, residual=residual)).train().requires_grad_(True)
-    x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
-    assert_gradients_of_the_plain_sum(monkeypatch, module, x, residual)
-
-
-@pytest.mark.parametrize("tokens", [7, 2])  # of two tokens in all, some experts get none
-def test_ffn_experts_are_the_plain_sum_and_have_its_gradients(monkeypatch, tokens):
-    """ViT-MoE; in float32, the most that torch's grouped product takes."""
-    module = random_weights(ViTMoE(16, 64, 6, 2))
-    x = torch.randn(2, tokens, 16, dtype=torch.float64)
-    expected = torch.stack([torch.stack([moae(module, 2, token, residual=False) for token in s]) for s in x])
-    module.float()
-    assert_same(module(x.float()), expected.float(), rtol=1e-4, atol=1e-5)
-    module.train().requires_grad_(True)
-    assert_gradients_of_the_plain_sum(monkeypatch, module, x.float().requires_grad_(), False, rtol=1e-4, atol=1e-5)
-
-
-def assert_gradients_of_the_plain_sum(monkeypatch, module, x, residual, **tolerance):
-    tokens, n = x.shape[1], len(module.router.topkroute_linear.weight)
-    noise = fixed_noise(monkeypatch, 2, tokens, n, dtype=x.dtype)
+    module = random_weights(layer(12, 3, 4, 2, residual=residual)).train().requires_grad_(True)
+    x = torch.randn(2, tokens, 12, dtype=torch.float64, requires_grad=True)
+    noise = fixed_noise(monkeypatch, 2, tokens, 4)
     sensitivity = torch.arange(x.numel(), dtype=x.dtype).view_as(x).sin()
     plain = sum(sensitivity[b, i] @ moae(module, 2, x[b, i], residual, noise[b, i])
                 for b in range(2) for i in range(tokens))
     wanted = [x, *module.parameters()]
-    actual = torch.autograd.grad((module(x) * sensitivity).sum(), wanted)
+    actual = torch.autograd.grad((module(x) * sensitivity).sum(), wanted)   # an error if one has none
     for one, other in zip(actual, torch.autograd.grad(plain, wanted), strict=True):
-        assert_same(one, other, **tolerance)
-        assert tokens < 7 or other.abs().max() > 0  # of fewer, some experts get none
+        assert_same(one, other)
+        assert tokens == 2 or other.abs().max() > 0
 
 
-@pytest.mark.parametrize("ffn", [False, True])
-def test_a_token_depends_on_its_own_experts_alone(ffn):
-    module, x = random_weights((ViTMoE if ffn else MoAE)(16, 4, 4, 2)).float(), torch.randn(1, 20, 16)
-    before, chosen = module(x)[0], module.router(x)[1][0]
-    for number, expert in enumerate(module.experts):
-        kept = {name: value.clone() for name, value in expert.state_dict().items()}
-        for parameter in expert.parameters():
-            parameter.mul_(-3)
-        changed = (module(x)[0] != before).any(-1)  # bitwise
-        assert torch.equal(changed, (chosen == number).any(-1)) and changed.any() and not changed.all()
-        expert.load_state_dict(kept)
-
-
-@pytest.mark.parametrize("ffn", [False, True])
-def test_experts_in_bf16_are_those_in_fp32_up_to_rounding(ffn):
-    module, results = (ViTMoE if ffn else MoAE)(64, 32, 4).eval(), []
-    x = torch.randn(2, 36, 64)
+@pytest.mark.parametrize("module", [Attention(128, heads=2), MoAE(128, 32, 4), ViTMoE(128, 64, 4)])
+def test_bf16_is_fp32_up_to_rounding(module):
+    """On a CPU attention takes another way there; both ways have the same gradients too."""
+    results = []
     for enabled in (False, True):
-        module.zero_grad()
+        module.eval().zero_grad()
+        x = torch.randn(2, 36, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             out = module(x.bfloat16() if enabled else x)
         out.float().square().sum().backward()
-        results.append([out.float(), *(p.grad for p in module.experts.parameters())])
+        experts = [p.grad for name, p in module.named_parameters() if ".fc" in name]
+        results.append([out.float(), x.grad, *experts])
     for exact, rounded in zip(*results):
         assert (exact - rounded).norm() < 0.05 * exact.norm()
 
 
 def test_a_layer_of_adapters_compiles_whole():
-    """In training, where the gate keeps what it chose."""
-    torch.manual_seed(1)
     block, x = Layer(32, 2, MoAE(32, 8, 4, sigma=0.0)).train(), torch.randn(2, 5, 32)
     expected = block(x)
-    chosen = block.moe_layer.router.latest[1]
-    block.moe_layer.router.latest = None
     block.compile(backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(block(x), expected)
-    assert torch.equal(block.moe_layer.router.latest[1], chosen)
 
 
 # ----------------------------------------------------------------------------------------------- layers: Eqs. (10)-(13)
@@ -501,7 +425,7 @@ def test_joint_loss_equation_3(source, shape):
         pixels = torch.stack([(clip[c].double() / 255 - MEAN[c]) / STD[c] for c in range(3)])
         expected += smoothed_cross_entropy(linear(model.head[source], represent(model, pixels)), int(label), 0.1) / 2
     model.requires_grad_(True).register_forward_pre_hook(lambda module, inputs: inputs[0].double())  # was float32
-    loss = JointLoss(model, mixing=0.0, label_smoothing=0.1)(x, labels)
+    loss = JointLoss(model, mixing=0.0, label_smoothing=0.1)(to_float(x), labels)
     assert_same(loss, expected)
 
     loss.backward()
@@ -550,10 +474,3 @@ def test_stage_2_has_the_released_names_and_shapes():
             expected |= affine(f"{moe}.experts.{i}.fc1", 192, 768) | affine(f"{moe}.experts.{i}.fc2", 768, 192)
     with torch.device("meta"):
         assert shapes_of(S4D("base", ["face"] * 7, ["face"] * 11)) == expected
-
-
-@pytest.mark.parametrize("settings, millions", [({}, 100.51), ({"sigma": 1.0}, 100.48), ({"moae_layers": []}, 86.24)])
-def test_parameter_counts_of_table_v(settings, millions):
-    with torch.device("meta"):
-        model = S4D("base", ["face"] * 7, ["face"] * 7, **settings)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)

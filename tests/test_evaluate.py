@@ -1,26 +1,24 @@
-"""evaluate.py: every number against plain Python and numpy on small cases, then the real commands: folds, reports by
-one process and by two, own media, and what is written where."""
+"""evaluate.py: every number against plain Python and numpy on small cases, then the real commands: folds, one process and
+two, own media, and what is written where. The page is test_report.py's."""
 import csv
 import filecmp
 import json
 import os
+from collections import Counter
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Forked, ended, run_here
+from conftest import Forked, ended, run_here
 from PIL import Image
 
 import data
 import evaluate
-from data import digests_of, identity_of, load_samples, read_clip, read_image, to_float
-from evaluate import (attention, class_centres, colours, confusion_matrix, contact_sheet, cross_task, gate_statistics,
-                      heat_map, join_folds, markdown, media_data, media_files, metrics, observe, reconstruct, table,
-                      unpatchify)
-from model import S4D, MaskedAutoencoder, UserError, normalised_target, patchify
+from data import load_samples, read_clip, to_float
+from evaluate import (attention, class_centres, class_numbers, confusion_matrix, covering_frames, cross_task,
+                      gate_statistics, join_folds, markdown, metrics, observe, reconstruct, table, unpatchify)
+from model import S4D, MaskedAutoencoder, UserError, normalised_target, patchify, unnamed
 from pretrain import Process, write
 
 CPU = Process(0, 1, torch.device("cpu"), torch.float32)
@@ -81,17 +79,6 @@ def test_scores_are_scikit_learns(arguments):
     assert scores_in_order(*drawn(*arguments), arguments[2]) == pytest.approx(SCIKIT_LEARN[arguments], abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")       # it warns of classes that are only predicted
-def test_scores_are_those_of_the_installed_scikit_learn():
-    sklearn = pytest.importorskip("sklearn.metrics")
-    for seed in range(20):
-        labels, predictions = drawn(seed, 5 + 10 * seed, 2 + seed % 10)
-        assert scores_in_order(labels, predictions, 2 + seed % 10) == pytest.approx([
-            sklearn.balanced_accuracy_score(labels, predictions), sklearn.accuracy_score(labels, predictions),
-            sklearn.f1_score(labels, predictions, average="macro"),
-            sklearn.f1_score(labels, predictions, average="weighted")])
-
-
 def test_intervals_are_those_of_resampled_predictions():
     labels, predictions = map(np.array, drawn(5, 120, 4))
     scores, rng = metrics(confusion_matrix(labels, predictions, 4)), np.random.default_rng(1)
@@ -110,14 +97,6 @@ def test_rows_are_shares_and_the_majority_is_of_the_labels():
     assert scores["by_row"] == [[0.75, 0.25, 0], [None] * 3, [0, 0.5, 0.5]]
     assert scores["confusion"] == [[3, 1, 0], [0, 0, 0], [0, 5, 5]]
     assert scores["majority_war"] == 10 / 14 and scores["majority_uar"] == 1 / 2
-
-
-def test_of_equally_probable_classes_the_first_is_predicted(faces, monkeypatch):
-    samples, model = load_samples("synthetic", faces, "test"), S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES)
-    tie = evaluate.Observed({"video": np.full((len(samples), 7), 1 / 7)}, None, None)
-    monkeypatch.setattr(evaluate, "observe", lambda *arguments: tie)
-    scores, _ = evaluate.evaluate(model, samples, CPU, 0)
-    assert np.array(scores["confusion"])[:, 0].sum() == len(samples) and scores["uar"] == pytest.approx(1 / 7)
 
 
 def test_folds_of_different_sizes_are_concatenated_not_averaged():
@@ -173,25 +152,32 @@ def test_a_pass_yields_what_each_sample_alone_gives(faces):
     model = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES).eval()
     tested = data.TestData(load_samples("synthetic", faces, "test"), model.size)
     seen = observe(model, tested, CPU, workers=0, batch=3)
-    counts = np.zeros((2, 8))
+    counts, paths = np.zeros((2, 8)), Counter()
     for i in range(len(tested)):
         _, views, _ = tested[i]
         probabilities, features = 0, 0
         for clip in views:
             x = model.patch_embed(patchify(to_float(clip[None]), model.size)) + model.positions
-            layer = 0
+            path = []
             for block in model.blocks:
                 if block.moe_layer is not None:
                     logits = block.moe_layer.router.topkroute_linear(block.norm2(x + block.attn(block.norm1(x))))[0]
-                    counts[layer] += np.bincount(logits.argsort(-1, descending=True)[:, :2].flatten(), minlength=8)
-                    layer += 1
+                    chosen = logits.argsort(-1, descending=True)[:, :2]
+                    counts[len(path)] += np.bincount(chosen.flatten(), minlength=8)
+                    path.append(chosen[:, 0].tolist())
                 x = block(x)
+            paths.update(zip(*path))
             representation = model.fc_norm(x.mean(1))
             features = features + representation.detach()[0].numpy() / 2
             probabilities = probabilities + model.head["image"](representation).softmax(-1).detach()[0].numpy() / 2
         assert seen.features[i] == pytest.approx(features, abs=1e-4)
         assert seen.probabilities["image"][i] == pytest.approx(probabilities, abs=1e-4), "the other task's head"
     assert abs(seen.activation - counts).max() <= 2 and seen.activation.sum() == counts.sum()  # rounding may tie gates
+    assert [share for _, share in seen.paths] == sorted((share for _, share in seen.paths), reverse=True)
+    tokens = sum(paths.values())
+    for path, share in seen.paths:
+        assert abs(share * tokens - paths[tuple(path)]) <= 2, "the expert of the largest weight in each layer"
+    assert len(seen.paths) == 10 and seen.paths[0][1] * tokens == pytest.approx(max(paths.values()), abs=2)
 
 
 def test_attention_follows_the_layers_back():
@@ -229,132 +215,74 @@ def test_reconstruction_of_a_perfect_model_is_the_original(monkeypatch):
     assert baseline == pytest.approx(np.mean(errors), rel=1e-4)
 
 
-@pytest.mark.parametrize("ramp", [evaluate.DARK, evaluate.BRIGHT])
-def test_colours_read_the_same_in_grey(ramp):
-    grey = colours(np.linspace(0, 1, 50), ramp) @ [0.299, 0.587, 0.114]
-    assert (np.diff(grey) > 0).all() or (np.diff(grey) < 0).all()
-    assert abs(grey[0] - grey[-1]) > 150
+# ----------------------------------------------------------------------------------------------------- classes by name
+
+def test_classes_are_matched_by_name_in_any_order_and_by_the_data_sets_words():
+    assert class_numbers(["anger", "happy", "bored"], ["neutral", "happiness", "angry"]) == [2, 1, None]
+    assert class_numbers(["happy", "happiness"], ["happiness", "happy"]) == [1, 0], "the same word comes first"
 
 
-def test_a_drawn_table_colours_numbers_and_shows_pictures():
-    picture = torch.full((3, 40, 60), 200, dtype=torch.uint8)
-    drawn = np.asarray(heat_map("", ["", "a", "b"], [["x", 0.0, 1.0], ["y", None, 0.5], ["z", picture, picture]]))
-    left = [row.tolist() for row in (drawn == 200).all(-1)][-5].index(True)
-    colour = [tuple(drawn[y, x].tolist()) for y, x in ((46, left + 2), (46, left + 64), (76, left + 64))]
-    assert colour == [evaluate.DARK[0], evaluate.DARK[-1], tuple(colours(0.5, evaluate.DARK).astype(int).tolist())]
-    assert (drawn == 200).all(-1).sum() == 2 * 40 * 60
-    sheet = np.asarray(contact_sheet([("x", picture[None]), ("y", picture[None].repeat(3, 1, 1, 1))]))
-    assert (sheet == 200).all(-1).sum() == 4 * 120 * 180, "40 pixels are enlarged to at least 96"
-
-
-# ------------------------------------------------------------------------------------------------------- own media
-
-def animation(path, faces, frames=6):
-    """The first frames of a test clip as an animated GIF or WebP, without loss."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    x = read_clip(load_samples("synthetic", faces, "test").path(0), lambda n: list(range(frames)))
-    first, *others = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in x]
-    first.save(path, save_all=True, append_images=others, **({"lossless": True} if path.suffix == ".webp" else {}))
-    return path
-
-
-def test_a_folder_is_a_clip_or_holds_media(faces, tmp_path):
-    for name in ("clip/2.png", "clip/10.png", "clip/notes.txt", "mixed/a.JPG", "mixed/b.mp4", "mixed/c/1.jpg",
-                 "mixed/d.heic", "empty/x.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    (tmp_path / "mixed/c/.hidden.jpg").write_text("")
-    os.mkfifo(tmp_path / "pipe.mp4")
-    left_out = []
-    assert media_files(tmp_path / "clip", left_out) == [tmp_path / "clip"]
-    assert media_files(tmp_path / "mixed", left_out) == [tmp_path / "mixed" / name for name in ("a.JPG", "b.mp4", "c")]
-    assert media_files(tmp_path / "clip/2.png", left_out) == [tmp_path / "clip/2.png"]
-    assert [path.name for path in left_out] == ["notes.txt", "d.heic"]
-    for path in ("empty", "lost.mp4", "pipe.mp4"):
-        with pytest.raises(UserError, match=path):
-            media_files(tmp_path / path, left_out)
-    gifs = [animation(tmp_path / f"gifs/{name}", faces) for name in ("1.gif", "2.gif", "10.webp")]
-    assert media_files(tmp_path / "gifs", left_out) == gifs, "each is a clip, not a frame of one"
-
-
-@pytest.mark.parametrize("name, classes", [("synthetic", CLIP_CLASSES), ("synthetic-images", IMAGE_CLASSES)])
-def test_own_media_give_the_logits_of_the_data_set_path(faces, name, classes):
-    torch.manual_seed(0)
-    model, samples = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES).eval(), load_samples(name, faces, "test")
-    tested, files = data.TestData(samples, model.size), [samples.path(i) for i in range(3)]
-    own = media_data(files, samples.modality, classes, model.size, samples.stride, crop=None)
-    for i in range(3):
-        (_, expected, _), (_, views, label) = tested[i], own[i]
-        assert torch.equal(views, expected) and label == -1
-        assert torch.equal(model(to_float(views)), model(to_float(expected)))
-    cropped = media_data(files, samples.modality, classes, model.size, samples.stride, crop=(8, 2, 30, 40))
-    cropped.fit.transforms.pop()            # what is cut out before it is resized
-    whole = read_clip(files[0], lambda n: [0]) if name == "synthetic" else read_image(files[0])
-    assert torch.equal(cropped.fit(whole), whole[..., 2:42, 8:38])
-
-
-def test_clips_slide_over_a_long_video(faces):
-    torch.manual_seed(0)
-    model, samples = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES).eval(), load_samples("synthetic", faces, "test")
-    own = media_data([samples.path(0)], "video", CLIP_CLASSES, model.size, 2, None)
-    total, sizes, drawn = [], [], []
-    read_clip(samples.path(0), lambda n: total.append(n) or [0])
-    resize, own.fit = own.fit, lambda frame: sizes.append(frame.shape) or resize(frame)
-    report = SimpleNamespace(process=CPU, results={}, picture=lambda name, draw: drawn.append(draw()))
-    evaluate.report_time(report, model, own, samples.path(0), total[0], "time", most=3)
-    assert sizes and all(len(size) == 3 for size in sizes), "frame by frame: memory follows the model's frames"
-    every = list(range(0, total[0], 2))
-    starts = [0, round((len(every) - 16) / 2), len(every) - 16]
-    rows = report.results["time"]["rows"]
-    assert report.results["time"]["columns"] == ["frame", *CLIP_CLASSES]
-    assert [row[0] for row in rows] == [every[start + 8] for start in starts]
-    for start, (_, *row) in zip(starts, rows):
-        clip = resize(read_clip(samples.path(0), lambda n: every[start:start + 16]))
-        assert row == pytest.approx(model(to_float(clip[None])).softmax(-1).detach()[0].tolist(), abs=1e-5)
-    assert drawn[0].height > 72 + 7 * 20, "frames above the classes"
+def test_data_may_have_fewer_classes_than_the_model(faces, monkeypatch):
+    samples = load_samples("synthetic", faces, "test")
+    samples = replace(samples, classes=("sadness", "happiness", "fear"), names=samples.names[:5],
+                      labels=np.array([0, 0, 1, 2, 1]))
+    model = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES)
+    probabilities = np.eye(7)[[1, 2, 0, 6, 6]]          # sad, neutral, happy, fear
+    probabilities[4] = 1 / 7                            # of equally probable classes the first: happy
+    seen = evaluate.Observed({"video": probabilities}, None, None, [])
+    monkeypatch.setattr(evaluate, "observe", lambda *arguments: seen)
+    scores, _ = evaluate.evaluate(model, samples, CPU, 0)
+    assert scores["recall"] == [1, 0.5, None, None, None, None, 1] and scores["war"] == 0.8
+    assert np.array(scores["confusion"]).shape == (7, 7)
+    with pytest.raises(UserError, match="classes \\['bored'\\], the model has not: happy, sad"):
+        evaluate.evaluate(model, replace(samples, classes=("sad", "happy", "bored")), CPU, 0)
+    with pytest.raises(UserError, match="trained without videos"):
+        evaluate.evaluate(S4D("tiny", IMAGE_CLASSES, []), samples, CPU, 0)
 
 
 # ------------------------------------------------------------------------------------------------ the real commands
 
-def save(path, seed=0, fold=1, digests=None, **identity):
+def save(path, seed=0, fold=1, classes=(IMAGE_CLASSES, CLIP_CLASSES), **identity):
     """A fine-tuned checkpoint whose weights are random."""
     torch.manual_seed(seed)
-    model = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES)
+    model = S4D("tiny", *classes)
     for parameter in model.parameters():
         parameter.data.mul_(2)
     path.parent.mkdir(parents=True, exist_ok=True)
     identity = dict(dataset="synthetic", image_dataset="synthetic-images", fold=fold,
-                    pretrained=str(path.parents[1] / "pre.pt"), validation=0.0) | identity
-    write(path, dict(stage="finetune", architecture=model.architecture, model=model.state_dict(), identity=identity,
-                     digests=digests or {}, state=dict(epoch=1, step=0, losses=[], best=None, left_out={})))
+                    pretrained=str(path.parents[1] / "pre.pt")) | identity
+    torch.save(dict(stage="finetune", architecture=model.architecture, model=model.state_dict(), identity=identity,
+                    made_by=dict(precision="fp32"), state=dict(epoch=1)), path)
     return path
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, faces):
-    """Five folds' checkpoints, which say what they were trained on, and one of stage 1."""
+    """Five folds' checkpoints, which say what they were tested on, and one of stage 1."""
     folder = tmp_path_factory.mktemp("evaluated")
     model = MaskedAutoencoder("tiny")
-    write(folder / "pre.pt", dict(stage="pretrain", architecture=model.architecture, model=model.state_dict(),
-                                  identity=dict(dataset="synthetic-unlabelled", image_dataset="synthetic-images")))
+    torch.save(dict(stage="pretrain", architecture=model.architecture, model=model.state_dict(),
+                    identity=dict(dataset="synthetic-unlabelled", image_dataset="synthetic-images")), folder / "pre.pt")
     for fold in range(1, 6):
-        train, test = (load_samples("synthetic", faces, split, fold) for split in ("train", "test"))
-        save(folder / f"fold{fold}/best.pt", seed=fold, fold=fold, digests={"video": torch.from_numpy(digests_of(train))},
-             **{"test video": identity_of(test), "train video": identity_of(train), "video stride": 2})
+        test = load_samples("synthetic", faces, "test", fold)
+        save(folder / f"fold{fold}/best.pt", seed=fold, fold=fold, **{
+            "test video": test.fingerprint(), "video stride": 2, "video rate": 25.0})
     return folder
 
 
 def read_csv(path):
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def results_in(folder):
+    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
 
 
 def test_five_folds_make_one_uar_and_war(runs, faces):
     folds = [runs / f"fold{fold}/best.pt" for fold in (3, 1, 2, 4, 5)]
-    text = run_here(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds, "--data-root", faces,
-                    "--report", runs / "five")
-    results = json.loads((runs / "five/evaluation.json").read_text())
-    scores, rows = results["synthetic"], read_csv(runs / "five/predictions-synthetic.csv")
+    text = run_here(runs, "evaluate.py", "--dataset", "synthetic", "--folds", *folds, "--data-root", faces)
+    scores, rows = results_in(runs / "folds/best")["synthetic"], read_csv(runs / "folds/best/predictions-synthetic.csv")
     assert len(rows) == len({row["sample"] for row in rows}) == scores["samples"] == 35
     hits = {name: [row["prediction"] == name for row in rows if row["label"] == name] for name in CLIP_CLASSES}
     assert scores["war"] == pytest.approx(sum(map(sum, hits.values())) / 35)
@@ -364,74 +292,43 @@ def test_five_folds_make_one_uar_and_war(runs, faces):
         assert row["prediction"] == CLIP_CLASSES[np.argmax(probabilities)]
         assert sum(probabilities) == pytest.approx(1, abs=1e-5)
     assert [fold["fold"] for fold in scores["folds"]] == [1, 2, 3, 4, 5]
-    wars = [fold["war"] for fold in scores["folds"]]
-    assert scores["war_mean"] == pytest.approx(sum(wars) / 5)
-    assert [row[2] for row in results["folds"]["rows"]] == [*wars, scores["war_mean"], scores["war_deviation"]]
-    for expected in (f"UAR {scores['uar']:.4f}", f"| fold 3    | {scores['folds'][2]['uar']:.4f} |", "| mean ",
-                     "| deviation "):
-        assert expected in text
-    assert "warning" not in text and (runs / "five/confusion-synthetic.png").is_file()
+    assert scores["war_mean"] == pytest.approx(sum(fold["war"] for fold in scores["folds"]) / 5)
+    assert f"UAR {scores['uar']:.4f}" in text and f"| fold 3    | {scores['folds'][2]['uar']:.4f} |" in text
+    assert "| mean " in text and "| deviation " in text and "warning" not in text
 
 
 def test_folds_that_do_not_belong_together_are_refused(runs, faces, tmp_path):
     folds = [runs / f"fold{fold}/best.pt" for fold in range(1, 6)]
-    leaky = load_samples("synthetic", faces, "test", 5)
-    trained_on_test = save(tmp_path / "fold5/best.pt", fold=5,
-                           digests={"video": torch.from_numpy(digests_of(leaky)[:3])})
-    for given, expected in ((folds[1:], "--folds expects one checkpoint of each fold of synthetic, [1, 2, 3, 4, 5]: "
-                             "these are of folds [2, 3, 4, 5]"),
-                            (folds + folds[:1], "these are of folds [1, 1, 2, 3, 4, 5]"),
-                            (folds[:4] + [trained_on_test], "was trained on 3 of the 7 test samples")):
+    other = save(tmp_path / "fold5/best.pt", fold=5, **{
+        "test video": load_samples("synthetic", faces, "test", 4).fingerprint()})
+    for given, expected in ((folds[1:], "expects one checkpoint of each fold of synthetic, [1, 2, 3, 4, 5]: these 4 "
+                             "are of folds [2, 3, 4, 5]"), (folds + folds[:1], "these 6 are of folds [1, 2, 3, 4, 5]"),
+                            (folds[:4] + [other], "not the test samples of training")):
         text = run_here(tmp_path, "evaluate.py", "--dataset", "synthetic", "--folds", *given, "--data-root", faces,
                         "--output", "out", status=1)
         assert expected in text.splitlines()[-1] and text.splitlines()[-1].startswith("error: ")
     text = run_here(tmp_path, "evaluate.py", "--dataset", "dfew", "--folds", *folds, "--data-root", faces, status=1)
     assert "was trained on synthetic and synthetic-images, not on dfew" in text
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out/evaluation.json").exists()
 
 
 def test_other_test_data_than_those_of_training_are_said(runs, faces, tmp_path):
-    checkpoint = torch.load(runs / "fold1/best.pt")
-    then = checkpoint["identity"]["test video"]
-    checkpoint["identity"]["test video"] = other = then[:-16] + "0" * 16
-    checkpoint["digests"]["video"] = torch.from_numpy(digests_of(load_samples("synthetic", faces, "test")))
-    write(tmp_path / "best.pt", checkpoint)
-    command = ("evaluate.py", "--checkpoint", "best.pt", "--dataset", "synthetic", "--data-root", faces)
+    then = load_samples("synthetic", faces, "test").fingerprint()
+    other = then[:-16] + "0" * 16
+    save(tmp_path / "run/best.pt", **{"test video": other, "video stride": 2})
+    command = ("evaluate.py", "--checkpoint", "run/best.pt", "--dataset", "synthetic", "--data-root", faces)
     text = run_here(tmp_path, *command)
-    assert f"{then}; recorded: {other}" in text
-    assert "best.pt was trained on 7 of the 7 test samples" in text
-    assert len(read_csv(tmp_path / "best/predictions-synthetic.csv")) == 7
-    assert identity_of(load_samples("synthetic", faces, "test", stride=1)) != identity_of(load_samples(
-        "synthetic", faces, "test")), "16 sampled frames of DFEW are not its whole clips"
-    checkpoint["identity"]["validation"] = 0.2          # then other data than the test fold chose the best epoch
-    write(tmp_path / "best.pt", checkpoint)
-    text = run_here(tmp_path, *command)
-    assert "recorded" not in text and "was trained on 7 of the 7 test samples" in text
-
-
-def test_training_samples_in_a_list_of_another_name_are_said(own, tmp_path):
-    samples = load_samples(f"{own}/clips/train.csv", own, "train")
-    checkpoint = torch.load(own / "best.pt")
-    checkpoint["digests"]["video"] = torch.from_numpy(digests_of(samples)[:4])
-    write(tmp_path / "best.pt", checkpoint)
-    (own / "clips/other.csv").write_text((own / "clips/train.csv").read_text())
-    text = run_here(own / "clips", "evaluate.py", "--checkpoint", tmp_path / "best.pt", "--dataset",
-                    "train.csv,other.csv", "--output", tmp_path / "out")
-    assert "was trained on 4 of the 7 test samples" in text
-
-
-def test_a_model_of_images_alone_has_no_head_for_clips(faces):
-    samples = load_samples("synthetic-unlabelled", faces, "test")
-    with pytest.raises(UserError, match="has the video classes .*, the model was trained without"):
-        evaluate.evaluate(S4D("tiny", IMAGE_CLASSES, []), samples, None, 0)
+    assert f"may have seen them: {then}; recorded: {other}" in text and "warning" in text
+    assert len(read_csv(tmp_path / "run/best/predictions-synthetic.csv")) == 7
+    text = run_here(tmp_path, *command, "--fold", 2)
+    assert "may have seen them" in text, "the training samples of fold 1 among them"
 
 
 def test_fold_is_that_of_the_set_with_folds(runs, faces, tmp_path):
-    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
-                    3, "--output", "out")
+    command = ("evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold", 3)
+    text = run_here(tmp_path, *command, "--output", "out")
     assert "synthetic, fold 3: 7 test samples" in text and "synthetic-images: 14 test samples" in text
-    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--fold",
-                    3, "--dataset", "synthetic-images", status=1)
+    text = run_here(tmp_path, *command, "--dataset", "synthetic-images", status=1)
     assert "fold 3 of synthetic-images: expected 1 to 1" in text
 
 
@@ -447,33 +344,52 @@ def own(tmp_path_factory, faces):
             (folder / f"{kind}/{split}.csv").write_text("path,label\n" + "".join(
                 f"faces/{samples.path(i).relative_to(samples.root)},{samples.classes[label]}\n"
                 for i, label in enumerate(samples.labels)))
-    torch.manual_seed(0)
     clips, images = (f"{folder}/{kind}/train.csv,{folder}/{kind}/test.csv" for kind in ("clips", "images"))
-    for file, stage, model, identity in (
-            ("best.pt", "finetune", S4D("tiny", sorted(IMAGE_CLASSES), sorted(CLIP_CLASSES)),
-             {"dataset": clips, "image_dataset": images, "fold": 1, "video stride": 3}),
-            ("pre.pt", "pretrain", MaskedAutoencoder("tiny"),
-             dict(dataset="none", image_dataset=f"{folder}/images/train.csv", image_mask_ratio=0.75))):
-        write(folder / file, dict(stage=stage, architecture=model.architecture, model=model.state_dict(),
-                                  identity=identity, digests={}))
+    save(folder / "run/best.pt", classes=(sorted(IMAGE_CLASSES), sorted(CLIP_CLASSES)), dataset=clips,
+         image_dataset=images, **{"video stride": 3})
+    model = MaskedAutoencoder("tiny")
+    torch.save(dict(stage="pretrain", architecture=model.architecture, model=model.state_dict(), identity=dict(
+        dataset="none", image_dataset=f"{folder}/images/train.csv", image_mask_ratio=0.75)), folder / "pre.pt")
     return folder
 
 
-def test_own_clips_and_images_of_one_name_do_not_overwrite_each_other(own):
-    run_here(own, "evaluate.py", "--checkpoint", "best.pt", "--workers", 1, "--output", "out")
-    assert len(read_csv(own / "out/predictions-videos-train.csv")) == 7
-    assert len(read_csv(own / "out/predictions-images-train.csv")) == 14
+def test_own_lists_and_a_head_without_names_which_serves_only_a_set_of_the_catalogue(own, faces):
+    save(own / "released/best.pt", classes=(unnamed(7), unnamed(7)))
+    command = ("evaluate.py", "--checkpoint", "released/best.pt", "--data-root", faces, "--dataset")
+    text = run_here(own, *command, "synthetic")
+    assert f"taken as those of synthetic, in its order: {', '.join(CLIP_CLASSES)}" in text
+    text = run_here(own, *command, f"{own}/clips/train.csv,{own}/clips/test.csv", status=1)
+    assert "does not name its 7 video classes: --dataset must be a set of the catalogue" in text
+    run_here(own, "evaluate.py", "--checkpoint", "run/best.pt", "--workers", 1, "--output", "out")
+    for kind, count in (("videos", 7), ("images", 14)):     # both lists are called train.csv
+        assert len(read_csv(own / f"out/predictions-{kind}-train.csv")) == count
 
 
-def test_a_model_of_own_data_needs_no_lists_for_own_media(own, tmp_path):
-    (tmp_path / "clip.mp4").symlink_to(own / "clips/faces/00001.mp4")
-    text = run_here(tmp_path, "evaluate.py", "--checkpoint", own / "best.pt", "clip.mp4", "--output", "out")
-    assert "at stride 3 each" in text
-
-
-def test_stage_1_of_own_data_without_a_test_file_is_shown_on_its_training_data(own):
-    text = run_here(own, "evaluate.py", "--checkpoint", "pre.pt", "--report", "shown")
-    assert "| images-train |    75% |      14 |" in text and (own / "shown/reconstruction-images.png").is_file()
+def test_two_processes_write_the_report_of_one(runs, faces):
+    started = []
+    for processes in (1, 2):
+        (runs / f"report{processes}").mkdir()
+        started.append(Forked(runs / f"report{processes}", "evaluate.py", "--checkpoint", "../fold1/best.pt",
+                              "--baseline", "../fold2/best.pt", "--data-root", faces, "--report", ".", "--workers", 1,
+                              processes=processes))
+    for process in started:
+        ended(process)
+    written = sorted(os.listdir(runs / "report1"))
+    assert written == sorted(os.listdir(runs / "report2"))
+    assert filecmp.cmpfiles(runs / "report1", runs / "report2", written, shallow=False) == (written, [], [])
+    results = results_in(runs / "report1")
+    assert [row[0] for row in results["experts"]["rows"]] == [
+        f"{name}, layer {layer}" for name in ("synthetic", "synthetic-images") for layer in (2, 3)]
+    assert sum(results["experts"]["rows"][0][1:]) == pytest.approx(1, abs=1e-3)
+    assert results["synthetic"]["image_head"]["samples"] == 7
+    assert results["heads"]["rows"][0] == ["image head on synthetic", *(results["synthetic"]["image_head"][key]
+                                                                       for key in ("uar", "war", "samples"))]
+    assert results["similarity"]["columns"][1:] == ["happy", "sad", "neutral", "anger", "surprise", "disgust", "fear"]
+    assert results["similarity"]["rows"][1][0] == "sad" and results["similarity"]["rows"][1][6] == pytest.approx(
+        similarity_of(runs, faces, "sad", "disgust"), abs=0.02)
+    assert 0.9 < dict((row[0], row[4]) for row in results["reconstruction"]["rows"])["synthetic-images"] < 1
+    _, true, predicted, confidence, _ = zip(*results["mistakes-test-images-of-synthetic-images"]["rows"])
+    assert list(confidence) == sorted(confidence, reverse=True) and not any(map(str.__eq__, true, predicted))
 
 
 def similarity_of(runs, faces, clip_class, image_class):
@@ -490,121 +406,7 @@ def similarity_of(runs, faces, clip_class, image_class):
     return centres[0] @ centres[1] / (sum(centres[0] ** 2) * sum(centres[1] ** 2)) ** 0.5
 
 
-def test_two_processes_write_the_report_of_one(runs, faces):
-    started = []
-    for processes in (1, 2):
-        (runs / f"report{processes}").mkdir()
-        started.append(Forked(runs / f"report{processes}", "evaluate.py", "--checkpoint", "../fold1/best.pt",
-                              "--checkpoint", "../fold2/best.pt", "--data-root", faces, "--report", ".", "--workers", 1,
-                              processes=processes))
-    for process in started:
-        ended(process)
-    written = sorted(os.listdir(runs / "report1"))
-    assert written == sorted(os.listdir(runs / "report2"))
-    assert filecmp.cmpfiles(runs / "report1", runs / "report2", written, shallow=False) == (written, [], [])
-    results = json.loads((runs / "report1/evaluation.json").read_text())
-    assert sorted([*results["files"], "evaluation.json"]) == written
-    assert [row[0] for row in results["experts"]["rows"]] == [
-        f"{name}, layer {layer}" for name in ("synthetic", "synthetic-images") for layer in (2, 3)]
-    assert sum(results["experts"]["rows"][0][1:]) == pytest.approx(1, abs=1e-3)
-    assert results["synthetic"]["image_head"]["samples"] == 7
-    assert results["2-synthetic-images"]["video_head"]["samples"] == 14
-    assert results["heads"]["rows"][0] == ["image head on synthetic", *(results["synthetic"]["image_head"][key]
-                                                                       for key in ("uar", "war", "samples"))]
-    assert results["similarity"]["columns"][1:] == ["happy", "sad", "neutral", "anger", "surprise", "disgust", "fear"]
-    assert results["similarity"]["rows"][1][0] == "sad" and results["similarity"]["rows"][1][6] == pytest.approx(
-        similarity_of(runs, faces, "sad", "disgust"), abs=0.02)
-    assert 0.9 < dict((row[0], row[4]) for row in results["reconstruction"]["rows"])["synthetic-images"] < 1
-    index = (runs / "report1/README.md").read_text()
-    pictures = [name for name in written if name.endswith(".png")]
-    assert len(pictures) >= 12 and all(f"](<{name}>)" in index for name in pictures)
-    for picture in pictures:
-        with Image.open(runs / "report1" / picture) as image:
-            assert image.width < 1500 and len(image.convert("L").getcolors()) > 5, f"{picture} is empty"
-
-
-def test_own_media_of_every_kind(runs, faces, tmp_path):
-    samples, images = load_samples("synthetic", faces, "test"), load_samples("synthetic-images", faces, "test")
-    frames = read_clip(samples.path(0), lambda n: list(range(n)))
-    for i, frame in enumerate(frames):
-        path = tmp_path / f"media/frames/{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(path)
-    (tmp_path / "media/clip.mp4").write_bytes(samples.path(0).read_bytes())
-    (tmp_path / "media/photo.jpg").write_bytes(images.path(0).read_bytes())
-    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "media", "--output", "out")
-    assert "two clips of 16 frames at stride 2 each" in text and "left out" not in text
-    clips, photos = read_csv(tmp_path / "out/videos.csv"), read_csv(tmp_path / "out/images.csv")
-    assert [row["sample"] for row in clips + photos] == ["media/clip.mp4", "media/frames", "media/photo.jpg"]
-    assert list(clips[0].values())[1:] == list(clips[1].values())[1:], "frames are the video's"
-    checkpoint = torch.load(runs / "fold1/best.pt")
-    model = S4D(**checkpoint["architecture"]).eval()
-    model.load_state_dict(checkpoint["model"])
-    for row, samples, classes in ((clips[0], samples, CLIP_CLASSES), (photos[0], images, IMAGE_CLASSES)):
-        logits = model(to_float(data.TestData(samples, model.size)[0][1]))
-        expected = logits.softmax(-1).mean(0).tolist()
-        assert [float(row[name]) for name in classes] == pytest.approx(expected, abs=0.01)  # bf16 where it is fast
-    results = json.loads((tmp_path / "out/evaluation.json").read_text())
-    assert [row[0] for row in results["own videos"]["rows"]] == ["media/clip.mp4", "media/frames"]
-    course = results["time-1-clip"]
-    assert course["file"] == "media/clip.mp4" and course["columns"] == ["frame", *CLIP_CLASSES]
-    assert course["rows"][0][0] == 16 and all(sum(row[1:]) == pytest.approx(1) for row in course["rows"])
-    assert {"time-1-clip.png", "time-2-frames.png"} < set(os.listdir(tmp_path / "out"))
-
-
-def test_animations_are_clips_and_what_is_no_media_is_named(runs, faces, tmp_path):
-    files = [animation(tmp_path / f"own/{name}", faces, 40) for name in ("1.webp", "2.webp", "10.gif")]
-    (tmp_path / "own/notes.txt").write_text("")
-    (tmp_path / "own/photo.heic").write_text("")
-    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "own", "--output", "out")
-    assert "left out, as their suffix is no image's and no video's: 2: own/notes.txt, own/photo.heic" in text
-    clips = read_csv(tmp_path / "out/videos.csv")
-    assert [row["sample"] for row in clips] == [f"own/{path.name}" for path in files]
-    assert list(clips[0].values())[1:] == list(clips[1].values())[1:], "the same frames"
-    (tmp_path / "frames").mkdir()
-    for i, frame in enumerate(read_clip(files[0], lambda n: list(range(n)))):
-        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"frames/{i}.png")
-    run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "frames", "--output", "again")
-    assert list(read_csv(tmp_path / "again/videos.csv")[0].values())[1:] == list(clips[0].values())[1:]
-
-
-def test_results_are_written_whole_or_not_at_all(runs, faces, tmp_path, monkeypatch):
-    command = ("evaluate.py", "--data-root", faces, "--dataset", "synthetic-images", "--checkpoint")
-    run_here(tmp_path, *command, runs / "fold1/best.pt", "--report", "out")
-    other = runs / "fold2/best.pt"
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-
-    def fail(*arguments):
-        raise UserError("too late")
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "attention_sheet", fail)
-        for output in ("out", "new"):
-            assert "too late" in run_here(tmp_path, *command, other, "--report", output, status=1)
-    with monkeypatch.context() as patch:            # a disk that is full at the last file
-        write_bytes, left = Path.write_bytes, iter(range(5))
-
-        def fill(path, content):
-            if next(left, None) is None:
-                raise OSError(28, "No space left on device")
-            return write_bytes(path, content)
-        patch.setattr(Path, "write_bytes", fill)
-        assert "No space left" in run_here(tmp_path, *command, other, "--report", "out", status=1)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert not (tmp_path / "new").exists()
-
-
-def test_results_of_an_earlier_command_do_not_stay_among_the_new(runs, faces, tmp_path):
-    command = ("evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--data-root", faces, "--report", "out")
-    run_here(tmp_path, *command, "--checkpoint", runs / "fold2/best.pt")
-    (tmp_path / "out/mine.txt").write_text("mine")
-    assert (tmp_path / "out/predictions-2-synthetic.csv").exists() and list((tmp_path / "out").glob("time-*.png"))
-    run_here(tmp_path, *command, "--dataset", "synthetic-images")
-    listed = json.loads((tmp_path / "out/evaluation.json").read_text())["files"]
-    assert {*listed, "evaluation.json", "mine.txt"} == set(os.listdir(tmp_path / "out"))
-    assert "predictions-synthetic-images.csv" in listed and not [name for name in listed if "2-" in name]
-
-
-def test_results_of_last_and_best_lie_beside_each_other(runs, faces, tmp_path):
+def test_results_of_last_and_best_lie_beside_each_other(faces, tmp_path):
     for name in ("last", "best"):
         save(tmp_path / f"run/{name}.pt", seed=ord(name[0]))
         run_here(tmp_path, "evaluate.py", "--checkpoint", f"run/{name}.pt", "--data-root", faces, "--dataset",
@@ -613,51 +415,132 @@ def test_results_of_last_and_best_lie_beside_each_other(runs, faces, tmp_path):
                  load_samples("synthetic-images", faces, "test").path(0))
     for name in ("last", "best"):
         assert sorted(os.listdir(tmp_path / f"run/{name}")) == ["evaluation.json", "media", "predictions-synthetic.csv"]
-        assert sorted(os.listdir(tmp_path / f"run/{name}/media")) == ["evaluation.json", "images.csv"]
+        assert {"evaluation.json", "images.csv", "report.html"} < set(os.listdir(tmp_path / f"run/{name}/media"))
     last, best = (read_csv(tmp_path / f"run/{name}/predictions-synthetic.csv") for name in ("last", "best"))
     assert last != best
 
 
-def test_long_names_of_own_files_are_shortened(runs, faces, tmp_path):
-    clip = tmp_path / f"{'ä' * 120}.mp4"
-    clip.write_bytes(load_samples("synthetic", faces, "test").path(0).read_bytes())
-    run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", clip, "--output", "out")
-    assert f"time-1-{'ä' * 40}.png" in os.listdir(tmp_path / "out")
+def test_results_are_written_at_the_end_whoever_reads(runs, faces, tmp_path, monkeypatch):
+    command = ("evaluate.py", "--data-root", faces, "--dataset", "synthetic", "--output", "out", "--checkpoint")
+    run_here(tmp_path, *command, runs / "fold1/best.pt")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "table", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_here(tmp_path, *command, runs / "fold2/best.pt")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, faces, tmp_path):
+    def closed(*words, **options):
+        raise BrokenPipeError(32, "Broken pipe")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "print", closed, raising=False)
+        run_here(tmp_path, *command, runs / "fold2/best.pt", status=1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} != before
+
+
+# ------------------------------------------------------------------------------------------------------- own media
+
+def test_clips_cover_a_video():
+    for n in (1, 30, 64, 65, 750, 20_000):
+        clips = np.reshape(covering_frames(n, 16, 4), (-1, 16))
+        starts = clips[:, 0] // 4
+        assert clips[0, 0] == 0 and n - 1 - clips[-1, -1] < 4 and clips.max() < n
+        assert len(clips) <= 64 and (np.diff(starts) <= 8).all() or n > 2100
+        assert (np.diff(clips) == 4).all() or n < 61
+    assert len(clips) == 64 and np.ptp(np.diff(starts)) <= 1, "of a long one some, spread evenly"
+
+
+def video(path, faces, rate=25, seconds=1):
+    """Test clips of three classes one after the other, each for some seconds."""
+    import av
+    samples = load_samples("synthetic", faces, "test")
+    frames = []
+    for label in (0, 3, 4):
+        clip = read_clip(samples.path(int(np.flatnonzero(samples.labels == label)[0])), lambda n, _: list(range(n)))
+        frames += [clip[int(25 * i / rate) % len(clip)] for i in range(seconds * rate)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "1"})
+        stream.height, stream.width = frames[0].shape[1:]
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def test_own_media_of_every_kind(runs, faces, tmp_path):
+    photo = load_samples("synthetic-images", faces, "test").path(0)
+    for rate in (25, 60):
+        video(tmp_path / f"{rate}.mp4", faces, rate)
+    (tmp_path / "frames").mkdir()
+    for i, frame in enumerate(read_clip(tmp_path / "25.mp4", lambda n, rate: list(range(n)))):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"frames/{i}.png")
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "25.mp4", photo, "60.mp4",
+                    "frames", "--output", "out")
+    assert "25.mp4, a video of 75 frames: the mean over 4 clips of 1.3 seconds that cover its 3.0 seconds" in text
+    assert "frames, a clip of 75 frames" in text and "if it has 25 frames a second, which nothing says" in text
+    assert f"written to {os.path.join('out', 'report.html')}" in text
+    clips, photos = read_csv(tmp_path / "out/videos.csv"), read_csv(tmp_path / "out/images.csv")
+    assert [row["sample"] for row in clips + photos] == ["25.mp4", "60.mp4", "frames", str(photo)]
+    at_25, at_60, as_frames = ([float(row[name]) for name in CLIP_CLASSES] for row in clips)
+    assert at_25 == as_frames and at_25 == pytest.approx(at_60, abs=0.02), "time is time"
+    model = evaluate.rebuild(torch.load(runs / "fold1/best.pt"), "best.pt").eval()
+    samples = replace(load_samples("synthetic", faces, "test"), root=tmp_path, names=np.array([b"25.mp4"]), stride=2)
+    views = data.TestData(samples, model.size, covering_frames, 4)[0][1]
+    course = model(to_float(views)).softmax(-1).detach()
+    assert at_25 == pytest.approx(course.mean(0).tolist(), abs=0.01)        # bf16 where it is fast
+    results = results_in(tmp_path / "out")
+    assert [row[0] for row in results["own-videos"]["rows"]] == ["25.mp4", "60.mp4", "frames"]
+    rows = results["video-1-25-mp4"]["rows"]
+    assert results["video-1-25-mp4"]["columns"] == ["seconds", *CLIP_CLASSES]
+    assert [row[0] for row in rows] == [0.64, 1.2, 1.84, 2.4], "the clips' middles"
+    assert np.array(rows)[:, 1:] == pytest.approx(course.numpy(), abs=0.02)
+
+
+def test_own_media_are_cut_out(runs, faces, tmp_path):
+    photo = load_samples("synthetic-images", faces, "test").path(0)
+    with Image.open(photo) as image:
+        width, height = image.size
+        image.crop((8, 2, 38, 42)).save(tmp_path / "cut.png")
+    command = ("evaluate.py", "--checkpoint", runs / "fold1/best.pt")
+    run_here(tmp_path, *command, "--crop", "8,2,30,40", photo, "--output", "a")
+    run_here(tmp_path, *command, "cut.png", "--output", "b")
+    a, b = (list(read_csv(tmp_path / f"{name}/images.csv")[0].values())[1:] for name in "ab")
+    assert a == b
+    text = run_here(tmp_path, *command, "--crop", f"{width - 9},0,10,20", photo, status=1)
+    assert f"{photo}, {width} x {height} pixels, does not hold --crop" in text
+
+
+def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, own, faces, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     clip = load_samples("synthetic", faces, "test").path(0)
-    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", "out", clip,
-                    "broken.mp4", status=1)
-    assert "broken.mp4 cannot be decoded" in text and not (tmp_path / "out").exists()
-    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--crop", "40,0,40,20", clip,
-                    status=1)
-    assert f"{clip}, 64 x 64 pixels, does not hold --crop (40, 0, 40, 20)" in text
+    for file, words in (("broken.mp4", "broken.mp4"), ("missing.mp4", "missing.mp4 is not there")):
+        text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "--output", "out", clip,
+                        file, status=1)
+        assert words in text and not (tmp_path / "out/evaluation.json").exists()
+    save(tmp_path / "run/images.pt", classes=(IMAGE_CLASSES, []))
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", "run/images.pt", clip, status=1)
+    assert "is video data, which this model was trained without" in text
 
 
-def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, faces, tmp_path):
-    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "pre.pt", "--data-root", faces, "--report",
-                    "shown")
-    assert "|    95% |      32 |" in text and "|    90% |      14 |" in text
-    results = json.loads((tmp_path / "shown/evaluation.json").read_text())["reconstruction"]["rows"]
-    assert [row[0] for row in results] == ["synthetic-unlabelled", "synthetic-images"]
-    assert set(os.listdir(tmp_path / "shown")) == {"reconstruction-images.png", "reconstruction-videos.png",
-                                                   "README.md", "evaluation.json"}
+def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, own, faces, tmp_path):
+    run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "pre.pt", "--data-root", faces, "--report", "shown")
+    rows = results_in(tmp_path / "shown")["reconstruction"]["rows"]
+    assert [row[:3] for row in rows] == [["synthetic-unlabelled", "95%", 32], ["synthetic-images", "90%", 14]]
+    run_here(own, "evaluate.py", "--checkpoint", "pre.pt", "--report", "shown")
+    assert results_in(own / "shown")["reconstruction"]["rows"][0][:3] == ["images-train", "75%", 14]
+    text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "pre.pt", "--data-root", faces, status=1)
+    assert "stage-1 checkpoint of pretrain.py: it has no classes" in text
 
 
 @pytest.mark.parametrize("arguments, expected", [
     ([], "one of the arguments --checkpoint --folds is required"),
     (["--checkpoint", "a.pt", "--folds", "b.pt"], "argument --folds: not allowed with argument --checkpoint"),
-    (["--checkpoint", "a.pt", "--checkpoint", "b.pt", "clip.mp4"], "expected --checkpoint once, or twice without FILE"),
     (["--folds", "a.pt"], "--folds expects --dataset"),
     (["--folds", "a.pt", "--dataset", "dfew", "--fold", "2"], "--folds expects --dataset, and neither FILE nor --fold"),
     (["--checkpoint", "a.pt", "--report", "a", "--output", "b"], "--output: not allowed with argument --report"),
-    (["--checkpoint", "a.pt", "--output", f"{__file__}/x"], f"{__file__} is no folder"),
     (["--checkpoint", "a.pt", "--crop", "1,2,3,4"], "--crop cuts the face out of FILE"),
-    (["--checkpoint", "a.pt", "--report", str(ROOT)], "the README.md there is not a report's"),
-    (["--checkpoint", "a.pt", "--workers", "-1"], "-1: expected 0 or more"),
-    (["--checkpoint", "a.pt", "--crop", "1,2,3", "clip.mp4"], "argument --crop: invalid box value: '1,2,3'"),
-    (["--checkpoint", "a.pt", "--crop=-1,2,3,4", "clip.mp4"], "-1: expected 0 or more")])
+    (["--checkpoint", "a.pt", "--crop", "1,2,3", "clip.mp4"], "argument --crop: invalid box value: '1,2,3'")])
 def test_wrong_commands_say_what_they_expect(tmp_path, arguments, expected):
     assert expected in run_here(tmp_path, "evaluate.py", *arguments, status=2)

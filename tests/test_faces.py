@@ -13,7 +13,7 @@ from conftest import Forked, ended, run_here
 from faces import plan_files, write_faces
 
 import data
-from data import digests_of, identity_of, load_samples
+from data import load_samples
 from model import Size, UserError
 
 SMALL = Size(32, 1, 2, 32, 2, 1, pixels=32, patch=8)  # 16 frames of 32 x 32
@@ -36,8 +36,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_data(tmp_path
             for fold in range(1, splits + 1):
                 one, two = (load_samples(name, tmp_path / folder, split, fold) for folder in ("first", "other"))
                 assert one.counts() == two.counts() if one.classes else len(one) == len(two)
-                assert identity_of(one) != identity_of(two)
-                assert not set(digests_of(one).tolist()) & set(digests_of(two).tolist())
+                assert one.fingerprint() != two.fingerprint()
+                assert not set(one.names.tolist()) & set(two.names.tolist())
 
 
 @pytest.mark.parametrize("name, shape", [("synthetic", (2, 16, 3, 32, 32)), ("synthetic-images", (1, 3, 32, 32)),

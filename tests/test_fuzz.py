@@ -52,7 +52,7 @@ def use_image(path: Path, folder: Path) -> None:
 
 
 def use_video(path: Path, folder: Path) -> None:
-    clip = read_clip(path, lambda n: data.test_frames(n, 16, 2))
+    clip = read_clip(path, lambda n, rate: data.test_frames(n, 16, 2))
     assert clip.dtype == torch.uint8 and clip.shape[:2] == (32, 3) and clip.numel()
 
 

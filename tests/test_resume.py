@@ -1,5 +1,5 @@
-"""Nothing is lost: killed, signalled and restarted runs, other settings and data, full disks, damaged files, failing
-processes, small and odd data."""
+"""Nothing is lost: killed, signalled, restarted and moved runs, other settings and data, damaged files, failing
+processes, small data, losses that are not finite."""
 import contextlib
 import json
 import os
@@ -20,12 +20,11 @@ import data
 import finetune
 import model
 import pretrain
-from data import digests_of, identity_of
 from model import UserError
 
-STAGE_1 = ["pretrain.py", "--dataset", "synthetic", "--batch-size", 16, "--micro-batch", 8, "--workers", 1, "--resume"]
-STAGE_2 = ["finetune.py", "--dataset", "synthetic", "--batch-size", 8, "--micro-batch", 4, "--workers", 1, "--resume",
-           "--pretrained", "none"]
+COMMON = ["--dataset", "synthetic", "--workers", 1, "--precision", "fp32", "--resume"]
+STAGE_1 = ["pretrain.py", *COMMON, "--batch-size", 16, "--micro-batch", 8]
+STAGE_2 = ["finetune.py", *COMMON, "--batch-size", 8, "--micro-batch", 4, "--pretrained", "none", "--test-every", 1]
 
 
 def epochs(folder: Path) -> list[dict]:
@@ -103,6 +102,7 @@ def test_torchrun_restarts_and_ends_a_run_that_goes_on_where_it_was(whole, tmp_p
     until = time.monotonic() + 120
     while "resumed from" not in (tmp_path / "output.txt").read_text() and time.monotonic() < until:
         time.sleep(0.05)
+    assert "resumed from" in (tmp_path / "output.txt").read_text()
     wait_for_a_step(process, tmp_path / "restarted")
     process.send_signal(signal.SIGTERM)
     finish(process, tmp_path, status=1)     # torchrun's own
@@ -124,59 +124,81 @@ def copy(run: Path, to: Path, epoch: int) -> Path:
 def test_a_checkpoint_says_where_it_comes_from(run, faces):
     checkpoint = model.read_checkpoint(run / "finetune.py/last.pt")
     made_by = checkpoint["made_by"]
-    assert made_by["torch"] == torch.__version__ and made_by["processes"] == 1 and "--epochs 2" in made_by["command"]
+    assert made_by["torch"] == torch.__version__ and made_by["processes"] == 1 and made_by["precision"] == "fp32"
+    assert "--epochs 2" in made_by["command"] and "digests" not in checkpoint
     identity = checkpoint["identity"]
-    assert identity["seed"] == 0 and identity["batch_size"] == 8 and identity["video stride"] == 2
-    assert not {"output", "resume", "workers", "data_root"} & identity.keys()
-    train, test = (data.load_samples("synthetic", faces, split) for split in ("train", "test"))
-    assert identity["train video"] == identity_of(train)
-    assert re.fullmatch("synthetic, fold 1, stride 2: 28 samples, fingerprint [0-9a-f]{16}", identity_of(train))
-    assert identity["test video"] == identity_of(test) != identity_of(train)
-    assert torch.equal(checkpoint["digests"]["video"], torch.from_numpy(digests_of(train)))
-    assert checkpoint["digests"].keys() == {"image", "video"}
-    assert not set(digests_of(train).tolist()) & set(digests_of(test).tolist()) and len(set(digests_of(train))) == 28
+    assert identity["seed"] == 0 and identity["batch_size"] == 8 and identity["data_root"] == str(faces)
+    assert identity["video stride"] == 2 and identity["video rate"] > 0
+    for split in ("train", "test"):
+        for m, name in (("video", "synthetic"), ("image", "synthetic-images")):
+            assert identity[f"{split} {m}"] == data.load_samples(name, faces, split).fingerprint()
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--seed", 1], "was trained with seed 0, not 1: that is another run"),
-    (["--lr", 0.5], "was trained with lr 0.024, not 0.5"),
-    (["--video-mask-ratio", 0.5], "was trained with video_mask_ratio 0.862, not 0.5"),
-    (["--stride", 1], "was trained with stride None, not 1"),
-    (["--image-dataset", "none"], "was trained with image_dataset synthetic-images, not none"),
+@pytest.mark.parametrize("more, said", [
+    (["--seed", 1, "--lr", 0.5], "last.pt is of another run: lr was 0.024, now 0.5; seed was 0, now 1"),
+    (["--video-mask-ratio", 0.5], "video_mask_ratio was 0.862, now 0.5"),
+    (["--stride", 1], "video stride was 2, now 1"),
+    (["--crop", "0,0,40,48"], r"crop was None, now \(0, 0, 40, 48\)"),
+    (["--precision", "bf16"], "precision was fp32, now bf16"),
+    (["--image-dataset", "none"], "train image was synthetic-images, .* now None"),
 ])
-def test_other_settings_are_refused(run, faces, more, message):
-    with pytest.raises(UserError, match=message):
-        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output",
-              run / "pretrain.py", *more)
+def test_other_settings_are_refused(run, faces, more, said):
+    with pytest.raises(UserError, match=said):
+        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", run / "pretrain.py", *more)
 
 
-def test_settings_that_change_no_number_may_change(run, faces, capsys):
-    """What is given as it is by default, other loading, another time between checkpoints."""
-    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", run / "pretrain.py", "--workers", 0,
-          "--image-dataset", "synthetic-images", "--dataset", "synthetic-unlabelled", "--size", "tiny",
-          "--save-minutes", 3)
-    assert "resumed from" in capsys.readouterr().out
-
-
-def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(run, faces, tmp_path, capsys):
-    shutil.copytree(faces / "synthetic", tmp_path / "synthetic")
-    command = [*STAGE_2[1:], "--epochs", 2, "--output", run / "finetune.py", "--data-root", tmp_path]
-    quick(finetune, *command)
-    assert "resumed from" in capsys.readouterr().out
-    split = tmp_path / "synthetic/AffectNet/train_affectnet7.txt"
+def test_a_moved_run_goes_on_with_settings_that_change_no_number(run, faces, tmp_path, capsys):
+    """The run, its data and the weights that it began with are elsewhere, or no more; other loading, other times."""
+    quick(finetune, *STAGE_2[1:], "--data-root", faces, "--epochs", 1, "--output", run / "on",
+          "--pretrained", run / "pretrain.py/last.pt")
+    for folder, new in ((faces / "synthetic", "data/synthetic"), (run / "on", "on"), (run / "pretrain.py", "first")):
+        shutil.copytree(folder, tmp_path / new)
+    command = [*STAGE_2[1:], "--data-root", tmp_path / "data", "--epochs", 1, "--output", tmp_path / "on"]
+    for first in (tmp_path / "first/last.pt", tmp_path / "lost.pt"):
+        capsys.readouterr()
+        quick(finetune, *command, "--pretrained", first, "--workers", 0, "--save-minutes", 3, "--stride", 2)
+        text = capsys.readouterr().out
+        assert "resumed from" in text and "fp32: as the run began" in text and text.count("UAR") >= 4
+    torch.save({}, tmp_path / "lost.pt")
+    with pytest.raises(UserError, match="pretrained fingerprint was [0-9a-f]{16}, now"):
+        quick(finetune, *command, "--pretrained", tmp_path / "lost.pt")
+    split = tmp_path / "data/synthetic/AffectNet/train_affectnet7.txt"
     split.write_text("".join(split.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match=r"was trained with train image .*: 105 samples, fingerprint .*, not .*: 104 "
-                                        r"samples, fingerprint .*: that is another run"):
-        quick(finetune, *command)
+    with pytest.raises(UserError, match="train image was .*: 105 samples, fingerprint .*, now .*: 104 samples, fing"):
+        quick(finetune, *command, "--pretrained", tmp_path / "first/last.pt")
 
 
-def test_another_number_of_processes_is_accepted_and_said(run, faces, tmp_path):
+def test_a_run_keeps_its_precision(run, faces, tmp_path, monkeypatch):
+    """Also where another one is faster; without --precision what is faster is taken, and said."""
+    command = [*STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output"]
+    command = [argument for argument in command if argument not in ("--precision", "fp32")]
+    copy(run, tmp_path / "run", epoch=1)
+    monkeypatch.setattr(pretrain, "product_seconds", lambda width: [2.0, 1.5])
+    quick(pretrain, *command, tmp_path / "run")
+    assert model.read_checkpoint(tmp_path / "run/last.pt")["made_by"]["precision"] == "fp32"
+    process = pretrain.start("tiny")
+    assert process.precision == "bf16" and process.reason == "its products take 0.75 of fp32's time here"
+
+
+def test_a_second_run_in_the_same_folder_stops_and_the_first_goes_on(run, faces, tmp_path):
+    """Whoever finds another file than the one that it wrote or read leaves it alone."""
+    copy(run, tmp_path / "run", epoch=0)
+    command = [*STAGE_1, "--data-root", faces, "--epochs", 2, "--output", tmp_path / "run"]
+    slow = Forked(tmp_path, *command, "--save-minutes", 100)
+    while not re.search("epoch 1/2:.*[1-9]/11 ", slow.text()) and slow.poll() is None:
+        time.sleep(0.01)
+    before = (tmp_path / "run/last.pt").stat()
+    os.utime(tmp_path / "run/last.pt", ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    text = ended(slow, status=1)
+    assert "another run writes here: " in text and "Traceback" not in text
+    assert (tmp_path / "run/last.pt").stat().st_mtime_ns == before.st_mtime_ns + 1000
+
+
+def test_another_number_of_processes_is_accepted(run, faces, tmp_path):
     copy(run, tmp_path / "run", epoch=1)
     shutil.copytree(tmp_path / "run", tmp_path / "one")
     quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", tmp_path / "one")
-    text = run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 2, "--output", tmp_path / "run",
-                       processes=2)
-    assert "1 processes then, 2 now: the samples of every step, their crops, masks and noise stay the same" in text
+    run_command(tmp_path, *STAGE_1, "--data-root", faces, "--epochs", 2, "--output", tmp_path / "run", processes=2)
     assert len(losses(tmp_path / "run")) == len(losses(run / "pretrain.py"))
     assert [loss for _, loss in losses(tmp_path / "run")] == pytest.approx(
         [loss for _, loss in losses(tmp_path / "one")], rel=2e-3)
@@ -192,22 +214,12 @@ def test_a_damaged_checkpoint_is_said_and_stays(run, faces, tmp_path):
         with pytest.raises(UserError, match=f"{folder}/last.pt {said}"):
             quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", folder)
         assert (folder / "last.pt").read_bytes() == damaged
+    shutil.copy(run / "finetune.py/best.pt", folder / "last.pt")
+    with pytest.raises(UserError, match="last.pt is no last.pt of a run: it has no optimizer"):
+        quick(finetune, *STAGE_2[1:], "--data-root", faces, "--output", folder)
 
 
-def test_what_is_no_run_to_continue_is_said_in_a_line(run, faces, tmp_path):
-    command = [*STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output"]
-    folder = copy(run, tmp_path / "bare", epoch=1)
-    checkpoint = torch.load(folder / "last.pt", weights_only=True)
-    del checkpoint["optimizer"]
-    torch.save(checkpoint, folder / "last.pt")
-    with pytest.raises(UserError, match="last.pt is no checkpoint to continue from: it lacks .*optimizer"):
-        quick(pretrain, *command, folder)
-    with pytest.raises(UserError, match="finetune.py/last.pt was trained with "):
-        quick(pretrain, *command, run / "finetune.py")
-
-
-@pytest.mark.parametrize("name, resume", [("last.pt", False), ("best.pt", False), ("log.jsonl", False),
-                                          ("best.pt", True), ("log.jsonl", True)])
+@pytest.mark.parametrize("name, resume", [("last.pt", False), ("best.pt", True), ("log.jsonl", True)])
 def test_a_folder_that_holds_part_of_a_run_is_not_written_over(run, faces, tmp_path, name, resume):
     """Also with --resume, which needs last.pt."""
     shutil.copy(run / "finetune.py" / name, tmp_path)
@@ -216,22 +228,6 @@ def test_a_folder_that_holds_part_of_a_run_is_not_written_over(run, faces, tmp_p
     with pytest.raises(UserError, match=f"{name} exists: give --resume to continue that run from last.pt, another"):
         quick(finetune, *(argument for argument in command if resume or argument != "--resume"))
     assert (tmp_path / name).read_bytes() == before
-
-
-def test_a_lost_log_is_begun_anew(run, faces, tmp_path):
-    folder = copy(run, tmp_path / "run", epoch=1)
-    (folder / "log.jsonl").unlink()
-    quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", folder)
-    assert [record["epoch"] for record in epochs(folder)] == [2]
-
-
-def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(run, faces, tmp_path):
-    folder = copy(run, tmp_path / "run", epoch=1)
-    before = (folder / "last.pt").read_bytes()
-    (folder / "last.pt.part").symlink_to("/dev/full")  # every write to it fails as on a full disk
-    with pytest.raises(UserError, match="last.pt cannot be written: .*No space left"):
-        quick(pretrain, *STAGE_1[1:], "--data-root", faces, "--epochs", 2, "--output", folder)
-    assert (folder / "last.pt").read_bytes() == before and not list(folder.glob("*.part"))
 
 
 # ------------------------------------------------------------------------------------------- processes, losses, data
@@ -252,14 +248,6 @@ def test_four_processes_do_what_one_does(tmp_path, faces):
             assert share == pytest.approx(theirs["gates"][modality]["2"]["share"], abs=0.01)
 
 
-def test_the_first_processes_clock_alone_says_when_to_save():
-    """The others never write, so that to them a checkpoint is overdue for ever."""
-    for rank, saved_at, expected in ((0, -1e9, True), (1, -1e9, False), (0, time.monotonic(), False)):
-        folder = SimpleNamespace(process=pretrain.Process(rank, 2, torch.device("cpu"), torch.float32),
-                                 saved_at=saved_at, save_seconds=60)
-        assert pretrain.RunFolder.due(folder) == expected
-
-
 @pytest.mark.parametrize("script, command", [(pretrain, STAGE_1),
                                              (finetune, [*STAGE_2, "--mixing", 1, "--augment", "paper"])])
 def test_the_number_of_loading_workers_changes_nothing(tmp_path, faces, script, command):
@@ -269,21 +257,20 @@ def test_the_number_of_loading_workers_changes_nothing(tmp_path, faces, script, 
     assert not differences(tmp_path / "0", tmp_path / "2")
 
 
-def test_a_process_that_fails_ends_all_with_its_own_message_first(tmp_path, faces):
+def test_under_torchrun_the_reason_stands_last(tmp_path, faces):
     shutil.copytree(faces / "synthetic", tmp_path / "synthetic")
     for clip in sorted((tmp_path / "synthetic/DFEW/clip_jpg_256").iterdir())[:20]:
         clip.write_bytes(b"")
-    text = run_command(tmp_path, *STAGE_2, "--data-root", tmp_path, "--output", tmp_path / "run", processes=2,
-                       status=1)
-    first = next(line for line in text.splitlines() if "error" in line.lower() or "Traceback" in line)
-    assert "videos cannot be read, more than 1 %" in first
+    finish(start(tmp_path, *STAGE_2, "--data-root", tmp_path, "--output", tmp_path / "run", processes=2), tmp_path, 1)
+    *_, last, _ = (tmp_path / "output.txt").read_text().splitlines()
+    assert re.fullmatch(r"  traceback : \d+ of 28 videos cannot be read, more than 1 %; the last: .*\.mp4.*", last)
 
 
 @pytest.mark.parametrize("script, command", [(pretrain, STAGE_1), (finetune, STAGE_2)])
 def test_a_loss_that_is_not_finite_stops_naming_step_and_files(tmp_path, faces, monkeypatch, script, command):
     monkeypatch.setattr(pretrain.Rate, "__call__", lambda self, step: 1e30)
-    with pytest.raises(UserError, match=r"the loss became .* at epoch 1, step \d, a batch of (images|videos): stopped "
-                                        r"before the weights change\..*\.(jpg|mp4)"):
+    with pytest.raises(UserError, match=r"epoch 1, step \d: the loss became .*: stopped before the weights change\. "
+                                        r"The last (images|videos) of this process: .*\.(jpg|mp4)"):
         quick(script, *command[1:], "--data-root", faces, "--epochs", 3, "--output", tmp_path / "run",
               "--save-minutes", 0)
     model.load_checkpoint(tmp_path / "run/last.pt")  # which refuses weights that are not finite
@@ -310,14 +297,13 @@ def relabelled(lines: list[str], separator: str, label: int | None) -> list[str]
 
 
 @pytest.mark.parametrize("clips, images, label, more", [
-    (1, 1, None, []), (2, 3, None, ["--mixing", 1, "--augment", "paper"]), (3, 5, 3, ["--balance", 0.01]),
+    (1, 1, None, []), (2, 3, None, ["--mixing", 1, "--augment", "paper"]), (3, 5, 3, []),
     (3, 1, None, ["--image-dataset", "none"]), (1, 20, None, ["--dataset", "none", "--size", "tiny", "--image-dataset",
                                                               "synthetic-images"])])
 def test_few_samples_and_one_class_train_and_test(tmp_path, faces, capsys, clips, images, label, more):
     root = small_data(faces, tmp_path, clips, images, label)
-    for script, command, more in ((pretrain, STAGE_1, [m for m in more if m not in ("--mixing", 1, "--augment", "paper",
-                                                                                      "--balance", 0.01)]),
-                                  (finetune, STAGE_2, more)):
+    of_both = [m for m in more if m not in ("--mixing", 1, "--augment", "paper")]
+    for script, command, more in ((pretrain, STAGE_1, of_both), (finetune, STAGE_2, more)):
         quick(script, *command[1:], "--data-root", root, "--epochs", 2, "--workers", 0, "--output",
               tmp_path / script.__name__, *more)
         assert all(loss > 0 for _, loss in losses(tmp_path / script.__name__))
@@ -335,17 +321,17 @@ def test_an_empty_test_fold_is_said_before_training(tmp_path, faces):
 
 def test_more_validation_data_than_a_class_has_samples_is_said(tmp_path, faces):
     root = small_data(faces, tmp_path, 1, 1)
-    with pytest.raises(UserError, match="--validation 0.2 of the 1 samples .* leaves none to hold out"):
+    with pytest.raises(UserError, match="0.2 of the 1 samples .* leaves none to hold out"):
         quick(finetune, *STAGE_2[1:], "--data-root", root, "--output", tmp_path / "run", "--validation",
               0.2)
 
 
 class Steps(list):
-    """As many steps as given batches, each of one micro-batch."""
+    """As many steps as given batches, which stand in the place of the labels."""
     sources = {"image": data.Source(data.Samples("", "image", (), Path(), np.array([b"7.jpg"]), np.zeros(1)), 1, 1)}
 
     def __getitem__(self, micro):
-        return micro, super().__getitem__(micro.step), torch.zeros(1), []
+        return micro, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), super().__getitem__(micro.step), []
 
 
 class Order(list):
@@ -357,14 +343,14 @@ def train_linear(batches: list, clip: float | None = None) -> tuple[torch.Tensor
     Returns the weights at the end and what the log has."""
     weights, records = torch.nn.Linear(3, 1, bias=False), []
     order = Order(data.MicroBatch("image", 0, step, 0, np.array([0]), 1.0, True, 0) for step in range(len(batches)))
+    optimizer = torch.optim.SGD(pretrain.decayed(weights.named_parameters(), 0.0), 1.0)
     torch.nn.init.zeros_(weights.weight)
     folder = SimpleNamespace(load=lambda *_: None, due=lambda: False, stage="pretrain",
-                             save=lambda model, optimizer, state, record=None, best=False: records.append(record))
+                             save=lambda model, optimizer, state, record=None: records.append(record))
     with contextlib.suppress(UserError):
         pretrain.train(pretrain.Process(0, 1, torch.device("cpu"), torch.float32),
                        SimpleNamespace(epochs=1, workers=0, compile=None, clip_grad=clip), folder, weights,
-                       Linear(weights), torch.optim.SGD(weights.parameters(), 1.0, fused=True),
-                       pretrain.Rate(1.0, 0, len(batches), 1.0, 1.0), order, Steps(batches))
+                       Linear(weights), optimizer, pretrain.Rate(1.0, 0, len(batches), 1.0, 1.0), order, Steps(batches))
     return weights.weight.detach(), records
 
 
@@ -374,7 +360,7 @@ class Linear(torch.nn.Module):
         self.weights = weights
 
     def forward(self, x, labels, weight):
-        return weight * (self.weights.weight * x).sum()
+        return weight * (self.weights.weight * labels).sum()
 
 
 @pytest.fixture

@@ -79,7 +79,8 @@ def test_from_stage_1_to_the_numbers(folder):
         words = [path for word in words for path in (sorted(folder.glob(word)) if "?" in word else [word])]
         said = run_here(folder, *words)
         assert "UAR" in said and "WAR" in said
-    assert {"Table IX", "Fig. 4", "Fig. 5"} <= set(re.findall(r"(?:Table|Fig\.) \w+", said)), "with --report"
+    page = (folder / re.search(r"written to (.*report\.html)", said)[1]).read_text(encoding="utf-8")
+    assert {"Table IX", "Fig. 4", "Fig. 5"} <= set(re.findall(r"(?:Table|Fig\.) \w+", page))
     code, printed = re.search(r"```python\n(.*?)```", ROWS, re.DOTALL)[1].replace("ferv39k", "synthetic"), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
         exec(code, {})

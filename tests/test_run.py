@@ -1,24 +1,33 @@
 """The real commands: both stages and the evaluation, in forked processes, alone and as two, and what they say when
 something is wrong."""
+import io
 import json
+import re
 import shutil
+import sys
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import Forked, ended, run_command, run_here
+from conftest import Forked, ended, exit_status, quick, run_command, run_here
 
 import data
+import finetune
 import model
+import pretrain
+from pretrain import guarded
 
 SMALL = ["--dataset", "synthetic", "--batch-size", "16", "--micro-batch", "8", "--workers", "1"]
 
 
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def losses(folder) -> list:
     """Modality and loss of every step of a run."""
-    epochs = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [tuple(step) for epoch in epochs for step in epoch["losses"]]
+    return [tuple(step) for epoch in log(folder) for step in epoch["losses"]]
 
 
 def assert_same_losses(one, two, steps):
@@ -58,12 +67,30 @@ def commands(folder, faces) -> tuple[list, list]:
 
 def test_both_stages_run_and_say_what_they_derived(runs):
     _, printed = runs
-    for expected in ("M parameters; 1 process on", "peak learning rate", "micro-batches of 8",
-                     "'video': 124", "'image': 26"):
+    for expected in ("M parameters; 1 process on cpu, fp32: its products take 0.50 of bf16's time here",
+                     "peak learning rate", "micro-batches of 8", "'video': 124", "'image': 26"):
         assert expected in printed["pretrain"]
-    for expected in ("made new: blocks.*.moe_layer", "dropped: decoder", "labels run from 0 to 6", "last epoch",
+    for expected in ("made new: blocks.*.moe_layer", "dropped: decoder", "last epoch",
                      "best epoch, chosen by WAR on the test fold itself", "true \\ predicted", "most frequent class"):
         assert expected in printed["finetune"]
+
+
+def test_every_epoch_is_a_line_and_every_stage_names_the_next_command(runs, faces):
+    folder, printed = runs
+    loss = r"loss: videos \d\.\d+, images \d\.\d+"
+    printed = {stage: text.replace("\r", "\n") for stage, text in printed.items()}  # of the bars
+    lines = re.findall(rf"^epoch \d/2  {loss}  \d+ s, \d+ s left$", printed["pretrain"], re.M)
+    assert len(lines) == 2
+    uar = r"  test UAR: videos 0[.\d]*, images 0[.\d]*"      # after every second epoch and the last
+    lines = re.findall(rf"^epoch \d/3  {loss}({uar})?  \d+ s, \d+ s left$", printed["finetune"], re.M)
+    assert [line != "" for line in lines] == [False, True, True]
+    for stage, output, options in (("pretrain", "pre1", "finetune.py --dataset synthetic --pretrained {}/last.pt"),
+                                   ("finetune", "fine1", "evaluate.py --checkpoint {}/last.pt --report {}/report")):
+        command = f"Next: python {options} --data-root {faces}".replace("{}", str(folder / output))
+        assert printed[stage].splitlines()[-1] == command
+    last, best = ([record for record in log(folder / "fine1") if "test" in record][i] for i in (-1, 0))
+    shown = [f"UAR {record['test']['video']['uar']:.4f}" for record in (last, best)]
+    assert all(text in printed["finetune"] for text in shown), "what the log has is what the report shows"
 
 
 @pytest.mark.parametrize("stage, steps", [("pre", 20), ("fine", 12)])
@@ -81,14 +108,52 @@ def test_compiled_layers_follow_the_losses_and_are_compiled_in_the_first_epoch_o
         compile_module(module, **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_and_say)
+    pre, fine = commands(folder, faces)
     started = [Forked(folder, *command, "--compile", "aot_eager", "--output", folder / f"compiled-{command[0]}")
-               for command in commands(folder, faces)]
+               for command in (pre, [*fine, "--test-every", 1])]
     for process, stage, plain, steps in zip(started, ("pretrain", "finetune"), ("pre1", "fine1"), (20, 12)):
         output = ended(process)
-        first, later = output.split(f"{stage} epoch 2/", 1)
+        first, later = output.split("epoch 2/", 1)
         assert "Recompiling function" in first, "the two kinds of batch have different shapes"
         assert "Recompiling function" not in later and "recompile_limit" not in output
         assert_same_losses(losses(folder / f"compiled-{stage}.py"), losses(folder / plain), steps)
+
+
+def test_compiling_without_a_compiler_is_a_line(runs, faces, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    for command in commands(runs[0], faces):
+        text = run_here(runs[0], *command, "--compile", "--output", runs[0] / f"no-{command[0]}", status=1)
+        assert "error: --compile: No working C++ compiler" in text and "Traceback" not in text
+
+
+def test_a_fixed_part_of_every_frame_and_the_size_of_the_pretrained_model(runs, faces, tmp_path, monkeypatch):
+    """--crop is for clips alone; --size is taken from --pretrained, and may not contradict it."""
+    seen = {}
+    monkeypatch.setattr(finetune, "train", lambda *given: seen.update(given[-2].sources) or sys.exit())
+    command = ["finetune.py", "--data-root", faces, "--dataset", "synthetic", "--crop", "4,0,40,48", "--pretrained",
+               runs[0] / "pre1/last.pt"]
+    run_here(tmp_path, *command, "--output", tmp_path / "run")
+    assert seen["video"].samples.box == (4, 0, 40, 48) and seen["image"].samples.box is None
+    text = run_here(tmp_path, *command, "--size", "base", "--output", tmp_path / "base", status=1)
+    assert "this file is size tiny: --size tiny" in text
+    monkeypatch.setattr(finetune, "start", lambda size, precision: sys.exit(f"size {size}"))
+    command[4:5] = ["none", "--image-dataset", "synthetic-images"]
+    assert run_here(tmp_path, *command, status=1).endswith("size tiny\n")
+    assert run_here(tmp_path, *command[:-2], status=1).endswith("size base\n")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_results_are_written_whatever_the_terminal_shows(faces, tmp_path, monkeypatch, closed):
+    """One of cp1252, which has no Chinese letters, or none at all."""
+    (tmp_path / "\u6570\u636e").symlink_to(faces)
+    streams = [None if closed else io.TextIOWrapper(io.BytesIO(), "cp1252", write_through=True) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert exit_status(lambda: guarded(lambda: quick(
+        pretrain, "--dataset", "synthetic", "--image-dataset", "none", "--data-root", tmp_path / "\u6570\u636e",
+        "--epochs", 1, "--workers", 0, "--output", tmp_path / "run"))) == 0
+    assert len(log(tmp_path / "run")) == 1
+    assert closed or b"\\u6570\\u636e" in streams[0].buffer.getvalue()
 
 
 def test_evaluation_by_two_processes_is_exactly_that_of_training_by_one(runs, faces):
@@ -98,7 +163,7 @@ def test_evaluation_by_two_processes_is_exactly_that_of_training_by_one(runs, fa
     assert "synthetic, fold 1: 7 test samples" in text and "synthetic-images: 14 test samples" in text
     report = json.loads((folder / "evaluation/evaluation.json").read_text())
     assert sum(map(sum, report["synthetic"]["confusion"])) == 7, "no sample may be counted twice"
-    last = json.loads((folder / "fine1/log.jsonl").read_text().splitlines()[-1])
+    last = log(folder / "fine1")[-1]
     assert last["test"]["video"]["confusion"] == report["synthetic"]["confusion"]
     assert last["test"]["image"]["confusion"] == report["synthetic-images"]["confusion"]
 
@@ -128,7 +193,8 @@ def test_validation_data_can_choose_the_best_epoch(runs, faces):
                     "--validation", 0.25, "--augment", "paper", "--mixing", 1, "--pretrained", "none",
                     "--output", folder / "held")
     assert "chosen by WAR on held-out training data" in text and "trained from scratch" in text
-    record = json.loads((folder / "held/log.jsonl").read_text())
+    assert "validation UAR: " in text and text.count("7 test samples") == text.count("14 test samples") == 2
+    record, = log(folder / "held")
     assert sum(map(sum, record["validation"]["video"]["confusion"])) == 7 and "test" not in record  # 28 / 4
 
 
@@ -136,15 +202,16 @@ def test_validation_data_can_choose_the_best_epoch(runs, faces):
     (1, ["finetune.py", "--fold", 6], "fold 6 of dfew: expected 1 to 5"),
     (2, ["finetune.py", "--fold", 0], "argument --fold: 0: expected 1 or more"),
     (2, ["finetune.py", "--dataset", "celebs"], "unknown data set 'celebs'"),
-    (2, ["finetune.py", "--stride", 0], "argument --stride: 0: expected 1 or more"),
-    (2, ["finetune.py", "--batch-size", 0], "argument --batch-size: 0: expected 1 or more"),
+    (2, ["finetune.py", "--crop", "1,2,3"], "argument --crop"),
     (1, ["finetune.py"], "DFEW/clip_jpg_256"),
     (1, ["finetune.py"], "python tests/faces.py"),
     (1, ["pretrain.py"], "VoxCeleb2/dev/mp4"),
     (1, ["finetune.py", "--dataset", "synthetic", "--pretrained", "lost.pt"],
-     "/lost.pt: run pretrain.py first"),
+     "checkpoint lost.pt: run pretrain.py first"),
     (1, ["finetune.py", "--dataset", "synthetic", "--pretrained", "none", "--k", 9], "k = 9: expected 1 to 8"),
     (1, ["pretrain.py", "--dataset", "synthetic", "--image-mask-ratio", 0.01], "mask ratio 0.01 of 36 tokens"),
+    (2, ["pretrain.py", "--lr", "nan"], "argument --lr: nan: expected 0 or more"),
+    (2, ["pretrain.py", "--image-mask-ratio", 1.5], "argument --image-mask-ratio: 1.5: expected 0 to 1"),
     (1, ["evaluate.py", "--checkpoint", "lost.pt"], "there is no checkpoint lost.pt"),
 ])
 def test_wrong_commands_end_in_one_message(tmp_path, faces, status, arguments, expected):

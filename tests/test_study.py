@@ -33,7 +33,7 @@ def test_all_rows_train_for_the_same_number_of_steps_whatever_they_see(world, sm
     seen = {}
 
     def train(process, args, folder, model, objective, optimizer, rate, schedule, data):
-        steps = [micro for micro in schedule if micro.last]
+        steps = [micro for micro in schedule if micro.is_last]
         seen[current] = len(steps), {m: sum(micro.modality == m for micro in steps) for m in data.sources}, rate.steps
     monkeypatch.setattr(study.pretrain, "train", train)
     monkeypatch.setattr(study, "evaluate", lambda *given: ({"uar": 0.5}, None))
@@ -123,7 +123,7 @@ def test_the_command_reports_and_draws(tmp_path, capsys):
         study.main()
     printed = capsys.readouterr().out
     assert "55.0 ± 63.5" in printed and f"{2 * len(study.ROWS)} runs in 2 worlds" in printed
-    assert Path(tmp_path, "study.png").stat().st_size > 1000
+    assert Path(tmp_path, "study.svg").stat().st_size > 1000
 
 
 def test_the_pages_say_what_the_command_prints_of_the_rows_beside_them(capsys, monkeypatch):

@@ -1,7 +1,6 @@
-"""What trains: every parameter in every batch, Eq. (3)'s balancing loss, where the experts are, the learning rates, and
-that testing is deterministic."""
+"""What trains: every parameter in every batch, mixed batches, where the experts are, the learning rates, and that
+testing is deterministic."""
 import json
-import math
 
 import numpy as np
 import pytest
@@ -22,36 +21,10 @@ ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
 def test_every_parameter_has_a_gradient_path_in_every_batch(settings):
     """So DDP finds all gradients without find_unused_parameters, also of experts and heads that a batch leaves out."""
     joint = finetune.JointLoss(S4D("tiny", CLASSES, CLASSES, **settings)).train()
-    for x in (torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8),
-              torch.randint(256, (2, 4, 3, 48, 48), dtype=torch.uint8)):
+    for x in (torch.randn(2, 3, 48, 48), torch.randn(2, 3, 4, 48, 48)):
         joint.zero_grad(set_to_none=True)
         joint(x, torch.tensor([0, 1])).backward()
         assert [name for name, p in joint.named_parameters() if p.grad is None] == []
-
-
-def test_the_balancing_loss_equals_plain_counts():
-    torch.manual_seed(0)
-    s4d = S4D("tiny", CLASSES, CLASSES, experts=4, k=2, moae_layers=[1, 3], sigma=0.0).train()
-    seen = {}
-    for layer in (1, 3):
-        s4d.blocks[layer].moe_layer.router.register_forward_hook(
-            lambda module, inputs, output, layer=layer: seen.update({layer: (module, inputs[0], output[1])}))
-    x, labels = torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8), torch.tensor([0, 1])
-    added = finetune.JointLoss(s4d, balance=0.5)(x, labels) - finetune.JointLoss(s4d)(x, labels)
-    expected = []
-    for router, x, chosen in seen.values():
-        counts, probability = [0] * 4, [0.0] * 4
-        for token, experts in zip(x.flatten(0, 1), chosen.flatten(0, 1).tolist()):
-            logits = router.topkroute_linear(token).double().tolist()
-            assert sorted(experts) == sorted(sorted(range(4), key=logits.__getitem__)[2:])
-            for i in range(4):
-                counts[i] += i in experts
-                probability[i] += math.exp(logits[i]) / sum(map(math.exp, logits)) / 72
-        assert sum(counts) == 2 * 72            # two images of 36 tokens, two experts each
-        expected.append(4 * sum(count / 144 * p for count, p in zip(counts, probability)))
-    assert len(expected) == 2 and added.item() == pytest.approx(0.5 * sum(expected) / 2, rel=1e-4)
-    none = finetune.JointLoss(S4D("tiny", CLASSES, CLASSES, moae_layers=[]), balance=0.5)
-    assert none(torch.zeros(2, 3, 48, 48, dtype=torch.uint8), labels).isfinite()
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 48, 48), (4, 16, 3, 48, 48)])
@@ -61,7 +34,7 @@ def test_mixed_batches_have_mixed_labels(monkeypatch, shape):
     inputs, kinds = [], set()
     monkeypatch.setattr(objective.model, "forward", lambda x: inputs.append(x) or torch.zeros(len(x), 3))
     monkeypatch.setattr(finetune.F, "cross_entropy", lambda logits, labels, **_: inputs.append(labels) or logits.sum())
-    x = torch.stack([torch.full(shape[1:], 60 * i, dtype=torch.uint8) for i in range(4)])
+    x = data.to_float(torch.stack([torch.full(shape[1:], 60 * i, dtype=torch.uint8) for i in range(4)]))
     torch.manual_seed(0)
     for _ in range(20):
         objective(x, torch.tensor([0, 1, 2, 2]))
@@ -69,10 +42,10 @@ def test_mixed_batches_have_mixed_labels(monkeypatch, shape):
         assert mixed.ndim == len(shape) and torch.allclose(labels.sum(1), torch.ones(4)) and labels.shape == (4, 3)
         first = mixed[1, 0]                     # the red of sample 1: (H, W), or (T, H, W)
         assert len(shape) == 4 or (first == first[:1]).all()
-        plain = data.to_float(x)[1, 0].unique()
+        plain = x[1, 0].unique()
         kinds.add("mixup" if first.unique().numel() == 1 and plain not in first.unique() else "cutmix")
         share = labels[1, 1].item()             # of its own class: as large as its share of the pixels
-        other = data.to_float(x)[0, 0].unique()  # what RandomChoice rolls onto sample 1
+        other = x[0, 0].unique()                # what RandomChoice rolls onto sample 1
         own = ((first - other) / (plain - other)).mean().item()
         assert own == pytest.approx(share, abs=1e-3)
     assert kinds == {"mixup", "cutmix"}
@@ -123,8 +96,8 @@ def test_testing_is_deterministic_and_the_batch_size_does_not_matter(faces):
 
 def test_a_fine_tuned_file_starts_another_fine_tuning_without_a_flag(tmp_path, faces, capsys):
     """With the file's experts; its image head fits and its video head, of three classes, does not."""
-    source = S4D("tiny", range(7), CLASSES, experts=4, residual=False, moae_layers=[3])
-    torch.save({"model": source.state_dict()}, tmp_path / "s4d.pt")
+    source = S4D("tiny", data.AFFECTNET[:7], CLASSES, experts=4, residual=False, moae_layers=[3])
+    torch.save(dict(stage="finetune", architecture=source.architecture, model=source.state_dict()), tmp_path / "s4d.pt")
     quick(finetune, "--dataset", "synthetic", "--data-root", faces, "--workers", 0, "--epochs", 1,
           "--pretrained", tmp_path / "s4d.pt", "--output", tmp_path / "run")
     architecture = torch.load(tmp_path / "run/last.pt", weights_only=True)["architecture"]
