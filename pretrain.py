@@ -147,15 +147,14 @@ class ReconstructionLoss(nn.Module):
 def train(process, args, folder, model, objective, optimizer, rate, schedule, data, test=None):
     """Train `model` through `objective`, a module from (x, labels, weight) to loss times weight.
 
-    Returns `state`, which is all there is of a run beside weights and moments: nothing random is
-    kept, as all of it follows from the seed, the epoch, the step and the micro-batch. test() gives
-    scores of the model as it is. UserError, with the weights as they were, if the loss or its
-    gradient is not finite, or if too many samples cannot be read.
+    Returns `state`, all there is of a run beside weights and moments: what is random follows from
+    the seed, the epoch, the step and the micro-batch. test() gives scores of the model as it is.
+    UserError, with the weights as they were, if the loss or its gradient is not finite.
     """
     new = dict(epoch=0, step=0, losses=[], best=None, last=None, left_out={})
     state = folder.load(model, optimizer) or new
     schedule.start = state["epoch"], state["step"]
-    batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
+    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))
     compile_layers(model, args.compile)
     ddp = DistributedDataParallel(objective) if process.world > 1 else objective
     steps = rate.steps // args.epochs
@@ -163,7 +162,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
     for epoch in range(state["epoch"], args.epochs):
         process.catch_signals()                                 # they wait for the end of the step
         objective.train()
-        began, waited = time.perf_counter(), 0.0
+        batches.start_clock()
         bar = tqdm(range(state["step"], steps), f"epoch {epoch + 1}/{args.epochs}", steps,
                    initial=state["step"], leave=False, disable=not process.main, unit="step")
         for step in bar:
@@ -173,13 +172,8 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
 
             # Forward and backward: this process's micro-batches, whose weighted losses add up
             total = torch.zeros((), device=process.device)
-            micro = None
-            while micro is None or not micro.is_last:
-                asked = time.perf_counter()
-                micro, x, labels, errors = next(batches)
-                waited += time.perf_counter() - asked
-                samples = data.sources[micro.modality].samples
-                leave_out(errors, samples, state["left_out"])
+            for micro, x, labels, errors in batches.of_a_step():
+                leave_out(errors, data.sources[micro.modality].samples, state["left_out"])
                 torch.manual_seed(micro.seed)                   # of masks, mixing and gate noise
                 x = to_float(process.upload(x))
                 ddp.require_backward_grad_sync = micro.is_last  # DDP adds gradients up once a step
@@ -192,10 +186,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             loss, norm, stop = process.sum(total, norm / process.world, process.signal).tolist()
             if not math.isfinite(loss + norm):
-                files = ", ".join(str(samples.path(i)) for i in micro.index)
-                raise UserError(f"epoch {epoch + 1}, step {step}: the loss became {loss}, the norm "
-                                f"of its gradient {norm}: stopped before the weights change. The "
-                                f"last {micro.modality}s of this process: {files}")
+                raise not_finite(loss, norm, epoch, step, data.sources[micro.modality], micro)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -206,27 +197,61 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
             if stop or folder.due():
                 folder.save(model, optimizer, state)
             if stop:
-                process.barrier()                               # the first one has saved
-                sys.exit(128 + (process.signal or signal.SIGTERM))
-
-        # The end of an epoch. A test takes long and may be stopped, so it stands between two saves
-        means = {}
-        for m in data.sources:
-            means[m] = fmean(loss for name, loss in state["losses"] if name == m)
-        record = dict(epoch=epoch + 1, seconds=round(time.perf_counter() - began, 2),
-                      data_seconds=round(waited, 2), losses=state["losses"], loss=means,
-                      left_out=len(state["left_out"]))
-        folder.save(model, optimizer, state)
-        process.release_signals()
-        if test and (epoch + 1 == args.epochs or (epoch + 1) % args.test_every == 0):
-            record |= test()
-            state["last"] = record
-            if state["best"] is None or record["score"] > state["best"]["score"]:
-                state["best"] = record
-        state |= dict(epoch=epoch + 1, step=0, losses=[])
-        folder.save(model, optimizer, state, record)
-        say_epoch(process, record, args.epochs, time.perf_counter() - began)
+                process.leave()
+        end_epoch(process, args, folder, model, optimizer, state, batches, test)
     return state
+
+
+def end_epoch(process, args, folder, model, optimizer, state: dict, batches, test) -> None:
+    """Test, log and save. A test takes long and may be stopped, so it stands between two saves."""
+    record = dict(epoch=state["epoch"] + 1, **batches.seconds(), losses=state["losses"], loss={},
+                  left_out=len(state["left_out"]))
+    for m in ("video", "image"):
+        losses = [loss for name, loss in state["losses"] if name == m]
+        if losses:
+            record["loss"][m] = fmean(losses)
+    folder.save(model, optimizer, state)
+    process.release_signals()
+    is_last = record["epoch"] == args.epochs
+    if test and (is_last or record["epoch"] % args.test_every == 0):
+        record |= test()
+        state["last"] = record
+        if state["best"] is None or record["score"] > state["best"]["score"]:
+            state["best"] = record
+    state |= dict(epoch=record["epoch"], step=0, losses=[])
+    folder.save(model, optimizer, state, record)
+    say_epoch(process, record, args.epochs, batches.seconds()["seconds"])
+
+
+class Batches:
+    """The micro-batches of a loader, step by step, and the time that one waits for them."""
+
+    def __init__(self, loader):
+        self.iterator = iter(loader)
+
+    def start_clock(self) -> None:
+        self.began = time.perf_counter()
+        self.waited = 0.0
+
+    def of_a_step(self):
+        is_last = False
+        while not is_last:
+            asked = time.perf_counter()
+            batch = next(self.iterator)
+            self.waited += time.perf_counter() - asked
+            is_last = batch[0].is_last
+            yield batch
+
+    def seconds(self) -> dict[str, float]:
+        passed = time.perf_counter() - self.began
+        return dict(seconds=round(passed, 2), data_seconds=round(self.waited, 2))
+
+
+def not_finite(loss: float, norm: float, epoch: int, step: int, source: Source, micro) -> UserError:
+    files = ", ".join(str(source.samples.path(i)) for i in micro.index)
+    return UserError(f"epoch {epoch + 1}, step {step}: the loss became {loss}, the norm of its "
+                     f"gradient {norm}: stopped before the weights change. The last "
+                     f"{micro.modality}s of this process: {files}")
 
 
 def leave_out(errors: list[str], samples: Samples, left_out: dict[str, str]) -> None:
@@ -470,6 +495,11 @@ class Process:
 
         signal.signal(signal.SIGTERM, receive)
         signal.signal(signal.SIGINT, receive)
+
+    def leave(self) -> None:
+        """End because of a signal to this process or to another one, when all have come here."""
+        self.barrier()                      # the first one has saved
+        sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def release_signals(self) -> None:
         """Leave if there was one; from now on they end the process at once."""
