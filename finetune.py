@@ -218,7 +218,8 @@ def layer_of(name: str, depth: int) -> int:
 
 
 class JointLoss(nn.Module):
-    """Cross-entropy of a single-source mini-batch (Section III-C), as the module that DDP wraps."""
+    """Cross-entropy of a single-source mini-batch (Section III-C), a module
+    as DDP, which joins several processes, wraps no function."""
 
     def __init__(self, model: S4D, mixing: float = 0.0, label_smoothing: float = 0.0):
         super().__init__()
@@ -240,8 +241,10 @@ class JointLoss(nn.Module):
             x = x.as_subclass(torch.Tensor)
         logits = at_least_fp32(self.model(x))                       # (B, C)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        # Written out to show Eq. (3): as a batch is of one source, the total is its loss
         alpha = 1 if m == "video" else 0
-        loss_image, loss_video = (0, loss) if alpha else (loss, 0)  # so that in the end total = loss
+        loss_image = loss if m == "image" else 0
+        loss_video = loss if m == "video" else 0
         # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic
         # expressions: images and videos
         total = (1 - alpha) * loss_image + alpha * loss_video

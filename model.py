@@ -4,7 +4,8 @@ It reads in the order in which data flows: a clip becomes tokens, a layer transf
 masked autoencoder hides most of them and predicts their pixels (Eqs. 1, 2), the gate sends each
 token to a few adapter experts (Eqs. 4-9; a layer with them is Eqs. 10-13), and S4D classifies
 images and clips with one encoder and two heads. On a first reading, stop at the line of '='.
-Equations are numbered as in "Static for Dynamic" (S4D), parameters named as in its released files.
+Equations are numbered as in "Static for Dynamic" (S4D); "released" is its authors' own code, whose
+names the parameters have.
 
 B batch               T frames, H x W pixels    N tokens, V of them visible, N - V hidden
 d token width         h attention heads         P values of a token = tubelet * patch * patch * 3
@@ -153,7 +154,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(d / h)) v, each of (B, h, N, d / h)."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    # Speed only: in bf16 on a CPU torch's fused kernel takes 1.2 to 5 times as long as this.
+    # The same, for speed only: in bf16 on a CPU torch's kernel takes 1.2 to 9 times as long as this.
     logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)      # (B, h, N, N)
     return logits.softmax(-1) @ v
 
@@ -399,6 +400,7 @@ class MoAE(nn.Module):
 
     def forward(self, x):
         weights, chosen = self.router(x)                        # Eqs. (4) to (6), (B, N, k) each
+        # What follows computes, for each token, `sum(G[i] * adapter[i](x) for i in range(n))`.
         # Adapters are small: all are computed side by side, and those not chosen multiplied by 0.
         w1 = torch.cat([expert.fc1.weight for expert in self.experts])      # (n r, d)
         b1 = torch.cat([expert.fc1.bias for expert in self.experts])        # (n r)
@@ -477,7 +479,7 @@ class S4D(ViT):
 
 
 # ==============================================================================================
-# From here on what no equation needs: ViT-MoE, checkpoints, two tables. Go on with data.py first.
+# From here on what no equation needs: ViT-MoE, checkpoints, two tables. Skip it at first.
 
 class ViTMoE(MoAE):
     """ViT-MoE's experts, FFNs in the place of the layer's own. They are too large to compute them

@@ -42,7 +42,7 @@ from model import (MASK_RATIO, SIZES, Layer, MaskedAutoencoder, UserError, load_
 
 # With --size tiny, the default on drawn faces: what learns in minutes on two cores. Its few tokens
 # are masked less, so that as many stay visible as the paper's ratios leave: 10 of an image's 36
-# tokens (the paper's: 10 of 100), and 5 in each time slot of a clip.
+# tokens (the paper's: 10 of 100), and about 5 in each time slot of a clip.
 TINY = dict(epochs=20, batch_size=16, micro_batch=16, lr=0.024, image_mask_ratio=0.73,
             video_mask_ratio=0.862)
 
@@ -130,7 +130,8 @@ def optimisation(args, model: nn.Module, steps_per_epoch: int):
 
 
 class ReconstructionLoss(nn.Module):
-    """Masks of one modality's ratio and Eq. (2), as the module that DDP wraps."""
+    """Masks of one modality's ratio and Eq. (2), a module as DDP, which joins several processes,
+    wraps no function."""
 
     def __init__(self, model: MaskedAutoencoder, ratios: dict[str, float]):
         super().__init__()
@@ -138,6 +139,7 @@ class ReconstructionLoss(nn.Module):
         self.ratios = ratios
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        # `train` passes labels in both stages; this one needs none
         loss, _, _ = self.model(x, mask_ratio=self.ratios[modality(x)])
         return weight * loss
 
