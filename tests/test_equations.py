@@ -366,9 +366,11 @@ def test_expert_layer_has_the_gradients_of_the_plain_sum(monkeypatch, layer, res
         assert tokens == 2 or other.abs().max() > 0
 
 
-@pytest.mark.parametrize("module", [Attention(128, heads=2), MoAE(128, 32, 4), ViTMoE(128, 64, 4)])
-def test_bf16_is_fp32_up_to_rounding(module):
+@pytest.mark.parametrize("kind, sizes", [(Attention, (128, 2)), (MoAE, (128, 32, 4)), (ViTMoE, (128, 64, 4))])
+def test_bf16_is_fp32_up_to_rounding(kind, sizes):
     """On a CPU attention takes another way there; both ways have the same gradients too."""
+    torch.manual_seed(0)                    # with other weights a token may be between two experts
+    module = kind(*sizes)
     results = []
     for enabled in (False, True):
         module.eval().zero_grad()
