@@ -125,9 +125,9 @@ def token_picture(face: torch.Tensor, patch: int, row: int, column: int, gates: 
         box(550, 8, 130, 40, "FFN   (11)"),
         path((680, 28), (806, 28), (806, middle - 17)), text(782, 14, "x_g"),
         box(412, 64, 334, 376, fill="white", more='stroke-dasharray="6 4" rx="8"'),
-        text(424, 82, "MoAE   (12)", "start"),
+        text(424, 82, "MoAE", "start"),
         path((327, middle), (327, 458), (806, 458), (806, middle + 17)),
-        path((746, middle), (789, middle)), text(768, middle - 14, "x_s"),
+        path((746, middle), (789, middle)), text(768, middle - 14, "x_s"), text(768, middle + 22, "(12)"),
         plus(806, middle), text(844, middle + 22, "(13)"),
         path((821, middle), (868, middle)), text(844, middle - 14, "x_o"),
         # Eqs. (4) to (6)

@@ -23,7 +23,7 @@ def command(number: int) -> str:
 
 
 def equations() -> list[str]:
-    """A row for each of Eqs. (1) to (13), as tests/lesson.md has them: the first line of code after its comment."""
+    """A row for each of Eqs. (1) to (13), as tests/paper.md has them: the first line of code after its comment."""
     rows = {}
     for file in FILES:
         lines = read(ROOT / file).splitlines()
@@ -39,7 +39,7 @@ def equations() -> list[str]:
 
 def with_true_lines(page: str) -> str:
     """The text of a page with every "[file:line](file#Lline) `code`" pointing at the first line that holds that code.
-    The table of equations, and the files' lengths in "| [file](file) | lines |", become those of the code, too."""
+    The table of equations, and the files' lengths and their sum, become those of the code, too."""
     def true(match):
         file, code = match["file"], match["code"]
         lines = read(ROOT / file).splitlines()
@@ -48,9 +48,9 @@ def with_true_lines(page: str) -> str:
             raise SystemExit(f"{file} has no line with {code!r}")
         return f"[{file}:{number}]({match['up']}{file}#L{number}) `{code}`"
 
-    def length(match):
-        return f"{match[1]}{len(read(ROOT / match['file']).splitlines())} |"
-    page = re.sub(r"(\| \[(?P<file>\w+\.py)\]\(\w+\.py\) \| )\d+ \|", length, page)
+    lengths = {file: len(read(ROOT / file).splitlines()) for file in FILES}
+    page = re.sub(r"[\d,]+(?=\s+lines of five flat files)", f"{sum(lengths.values()):,}", page)
+    page = re.sub(r"(\| \[(\w+\.py)\]\(\w+\.py\) \| )\d+ \|", lambda m: f"{m[1]}{lengths[m[2]]} |", page)
     page = re.sub(r"\[(?P<file>\w+\.py):\d+\]\((?P<up>(\.\./)?)\w+\.py#L\d+\) `(?P<code>[^`]+)`", true, page)
     return re.sub(r"(^\| \(\d+\) \| \[.*\n)+", lambda match: "\n".join(equations()) + "\n", page, flags=re.MULTILINE)
 

@@ -3,6 +3,7 @@ import ast
 import csv
 import re
 import xml.etree.ElementTree as xml
+from code import InteractiveConsole
 
 import pytest
 from readme import FILES, PAGES, ROOT, command, equations, read, with_true_lines
@@ -25,10 +26,10 @@ def test_the_first_screen_has_the_commands_the_files_and_where_to_go_on():
         assert f"]({file})" in screen
 
 
-def test_every_equation_has_a_row_in_the_lesson():
+def test_every_equation_has_a_row_in_the_table():
     rows = equations()
     assert [int(re.match(r"\| \((\d+)\)", row).group(1)) for row in rows] == list(range(1, 14))
-    assert "\n".join(rows) in LESSON, "run python tests/readme.py lines"
+    assert "\n".join(rows) in read(ROOT / "tests/paper.md"), "run python tests/readme.py lines"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -87,6 +88,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", README + LESSON, re.D
 @pytest.mark.parametrize("code, expected", BLOCKS)
 def test_a_block_prints_what_stands_below_it(code, expected, capsys):
     exec(code, {})
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("code, expected", BLOCKS)
+def test_a_block_prints_the_same_when_it_is_pasted_at_the_prompt(code, expected, capsys):
+    prompt = InteractiveConsole({})
+    for line in (code + "\n").splitlines():                                 # the last, empty one is Enter
+        prompt.push(line)
     assert capsys.readouterr().out == expected
 
 
