@@ -16,14 +16,14 @@ import re
 import signal
 import struct
 import unicodedata
-from bisect import bisect_right
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import chain, dropwhile
+from glob import iglob
+from itertools import product
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import av
 import numpy as np
@@ -75,11 +75,10 @@ class Samples:
         same text, whatever folder all of them lie in."""
         names = self.names.tolist()
         common = os.path.commonprefix(names).rfind(b"/") + 1
-        digest = hashlib.blake2b(digest_size=8)
-        for i, label in enumerate(self.labels):
-            digest.update(b"\n" * (i > 0) + b"%s,%d" % (names[i][common:], label))
+        lines = [b"%s,%d" % (name[common:], label) for name, label in zip(names, self.labels)]
+        digest = hashlib.blake2b(b"\n".join(lines), digest_size=8).hexdigest()
         return (f"{short_name(self.name)}, fold {self.fold}, stride {self.stride}: "
-                f"{len(names)} samples, fingerprint {digest.hexdigest()}")
+                f"{len(names)} samples, fingerprint {digest}")
 
 
 # ------------------------------------------------------------------------ which frames of a video
@@ -112,10 +111,6 @@ def test_frames(n: int, frames: int, stride: int) -> list[int]:
     return every[:frames] + every[-frames:]
 
 
-def random_frame(n: int) -> list[int]:
-    return [int(torch.randint(n, ()))]
-
-
 def pad(numbers: list[int], length: int) -> list[int]:
     return numbers + numbers[-1:] * (length - len(numbers))
 
@@ -136,10 +131,8 @@ def frame_transform(stage: str, samples: Samples, pixels: int,
 
 def augmentation(stage: str, modality: str, pixels: int, strength: str = "paper") -> v2.Transform:
     """uint8 (..., 3, h, w) -> uint8 (..., 3, pixels, pixels); one draw serves all frames of a clip.
-
-    stage: "pretrain" or "finetune"; a test has none. strength, of "finetune": "paper", or "light"
-    (flip only), for training that takes minutes instead of days.
-    """
+    stage: "pretrain" or "finetune". strength, of "finetune": "paper", or "light" (flip only), for
+    training that takes minutes instead of days."""
     flip = v2.RandomHorizontalFlip()
     if stage == "pretrain" and modality == "image":
         bicubic = v2.InterpolationMode.BICUBIC
@@ -196,8 +189,7 @@ def boxed(x: torch.Tensor, box: tuple[int, int, int, int], path: Path) -> torch.
     h, w = x.shape[-2:]
     left, top, width, height = box
     if left + width > w or top + height > h:
-        size = f"{w} x {h} pixels"
-        raise UserError(f"{path}, {size}, does not hold --crop {box} (x,y,width,height)")
+        raise UserError(f"{path}, {w} x {h} pixels, does not hold --crop {box} (x,y,width,height)")
     return v2.functional.crop(x, top, left, height, width)
 
 
@@ -313,8 +305,7 @@ class Schedule(torch.utils.data.Sampler):
 
 
 class TrainingData(torch.utils.data.Dataset):
-    """Reads and augments whole micro-batches:
-    data[micro_batch] -> (micro_batch, x uint8, labels, errors)."""
+    """Whole micro-batches: data[micro_batch] -> (micro_batch, x uint8, labels, errors)."""
 
     def __init__(self, sources: dict[str, Source], stage: str, size: Size, strength: str = "paper"):
         self.sources = sources
@@ -326,9 +317,8 @@ class TrainingData(torch.utils.data.Dataset):
         choose = pretrain_frames if stage == "pretrain" else train_frames
         for m, source in sources.items():
             stride = source.samples.stride
-            self.which_frames[m] = partial(choose, frames=size.frames, stride=stride)
-            if source.samples.frames_as_images:
-                self.which_frames[m] = random_frame
+            frames = 1 if source.samples.frames_as_images else size.frames
+            self.which_frames[m] = partial(choose, frames=frames, stride=stride)
             self.transform[m] = frame_transform(stage, source.samples, size.pixels, strength)
             self.augment[m] = augmentation(stage, m, size.pixels, strength)
 
@@ -366,9 +356,7 @@ class TrainingData(torch.utils.data.Dataset):
 class TestData(torch.utils.data.Dataset):
     """Samples as evaluation sees them: data[i] -> (i, views uint8 (v, ...), label). UserError for a
     sample that cannot be read.
-
-    which_frames(n, frames, stride): the frames of `clips` clips of a video of n frames, joined.
-    """
+    which_frames(n, frames, stride): the frames of `clips` clips of a video of n frames, joined."""
 
     def __init__(self, samples: Samples, size: Size, which_frames: Callable = test_frames,
                  clips: int = 2):
@@ -384,10 +372,8 @@ class TestData(torch.utils.data.Dataset):
     def __getitem__(self, index: int):
         """views: (1, 3, H, W) of an image, (clips, T, 3, H, W) of a video."""
         x = read_sample(self.samples, index, self.frame_transform, self.which_frames)
-        if self.samples.modality == "image":
-            views = x[None]
-        else:
-            views = x.unflatten(0, (self.clips, self.frames))
+        is_image = self.samples.modality == "image"
+        views = x[None] if is_image else x.unflatten(0, (self.clips, self.frames))
         return index, views, int(self.samples.labels[index])
 
 
@@ -401,11 +387,10 @@ def read_sample(samples: Samples, index: int, transform: Callable,
     path = samples.path(index)
     if samples.box:
         transform = v2.Compose([partial(boxed, box=samples.box, path=path), transform])
-    if samples.frames_as_images:
-        return read_clip(path, at_rate, transform)[0]
-    if samples.modality == "image":
+    if samples.modality == "image" and not samples.frames_as_images:
         return transform(read_image(path))
-    return read_clip(path, at_rate, transform)
+    clip = read_clip(path, at_rate, transform)
+    return clip[0] if samples.frames_as_images else clip
 
 
 def frame_rate(samples: Samples) -> float:
@@ -430,12 +415,10 @@ def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Sample
         held = np.zeros(len(samples), bool)
         for label in np.unique(samples.labels):
             of_class = rng.permutation(np.flatnonzero(samples.labels == label))
-            taken = of_class[:round(share * len(of_class))]
-            held[taken] = True
+            held[of_class[:round(share * len(of_class))]] = True
     if held.all() or not held.any():
-        purpose = "train on" if held.all() else "hold out"
         raise UserError(f"{share} of the {len(samples)} samples of {samples.name} leaves none to "
-                        f"{purpose}")
+                        "hold out or none to train on")
     return samples.subset(~held), samples.subset(held)
 
 
@@ -444,13 +427,12 @@ def overlap(train: Samples, test: Samples) -> str:
     found = []
     known = {os.path.abspath(train.path(i)) for i in range(len(train))}
     paths = [os.path.abspath(test.path(i)) for i in range(len(test))]
-    both = [path for path in paths if path in known]
-    if both:
-        found.append(f"samples in both train and test of {test.name}: {shortened(both)}")
+    both = {"samples": [path for path in paths if path in known], "people": []}
     if train.people is not None and test.people is not None:
-        both = np.intersect1d(train.people, test.people)
-        if len(both):
-            found.append(f"people in both train and test of {test.name}: {shortened(both)}")
+        both["people"] = np.intersect1d(train.people, test.people)
+    for what, items in both.items():
+        if len(items):
+            found.append(f"{what} in both train and test of {test.name}: {shortened(items)}")
     return "; ".join(found)
 
 
@@ -458,8 +440,6 @@ def overlap(train: Samples, test: Samples) -> str:
 # From here on loading processes and files: where data sets lie, lists, readers. On a first reading
 # skip to pretrain.py.
 # ==================================================================================================
-
-# ------------------------------------------------------------------------------ loading processes
 
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
     """A DataLoader whose batches come, or an error does."""
@@ -490,7 +470,7 @@ class DataSet(NamedTuple):
     rate: float | None = None               # frames a second that stride counts; None: the file's
     crop: tuple[float, float, float, float] = WHOLE     # what stage 1 sees of a frame
     labels_from_1: bool = False             # as the set is handed out; from 0 is met, too
-    left_out: tuple[str, ...] = ()          # what else its own .csv has labels for
+    left_out: tuple[str, ...] = ()          # labels of other classes in its own .csv
     part: str = ""                          # what the split's names begin with, in a list of both
     file: str = "{stem}{suffix}"            # a sample's, from its name in the list
 
@@ -501,7 +481,6 @@ FERV39K = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 MAFW = ("anger", "anxiety", "contempt", "disappointment", "disgust", "fear", "happiness",
         "helplessness", "neutral", "sadness", "surprise")
 AFFECTNET = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger", "contempt")
-AFFECTNET_OTHERS = ("none", "uncertain", "no face")
 RAFDB = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
 VOXCELEB2_CROP = (0, 1 / 7, 5 / 7, 5 / 7)   # rows 0-160, columns 32-192 of 224 x 224, as released
 
@@ -517,10 +496,10 @@ CATALOGUE = {dataset.name: dataset for dataset in (
             ("MAFW/anno/single/no_caption/set_{fold}/{split}.csv",), folds=5, stride=4),
     DataSet("affectnet-7", "image", AFFECTNET[:7], "AffectNet/Manually_Annotated_Images",
             ("AffectNet/{split}_affectnet7.txt", "AffectNet/{split}_affectnet7_2w.txt",
-             "AffectNet/{subset}.csv"), left_out=(AFFECTNET[7], *AFFECTNET_OTHERS)),
+             "AffectNet/{subset}.csv"), left_out=("7", "8", "9", "10")),
     DataSet("affectnet-8", "image", AFFECTNET, "AffectNet/Manually_Annotated_Images",
             ("AffectNet/{split}_affectnet8.txt", "AffectNet/{split}_affectnet8_2w.txt",
-             "AffectNet/{subset}.csv"), left_out=AFFECTNET_OTHERS),
+             "AffectNet/{subset}.csv"), left_out=("8", "9", "10")),  # none, uncertain, no face
     DataSet("rafdb", "image", RAFDB, "RAF-DB/basic/Image/aligned",
             ("RAF-DB/basic/EmoLabel/list_patition_label.txt",), labels_from_1=True,
             part="{split}_", file="{stem}_aligned{suffix}"),
@@ -545,24 +524,19 @@ def catalogue(name: str) -> DataSet:
     if name in CATALOGUE:
         return CATALOGUE[name]
     lists = own_lists(name)
+    name = os.path.abspath(name) if os.path.isdir(name) else ",".join(map(str, lists))
     paths = []
     for path in lists:
-        paths += [folder_of(path) / row.name for row in own_rows(path)]
-    if os.path.isdir(name):
-        name = os.path.abspath(name)
-    else:
-        name = ",".join(map(str, lists))
-    classes = class_names(lists[0], own_rows(lists[0]))
-    if lists == (Path(name),) and lists[0].is_dir():
-        classes = ()                        # not divided: for stage 1, which needs none
+        folder, rows = own_rows(path)
+        paths += [folder / row.name for row in rows]
+    classes = class_names(lists[0], own_rows(lists[0])[1])
     return DataSet(name, modality_of(paths), classes, "", lists, stride=OWN_DATA_STRIDE,
                    rate=OWN_DATA_RATE)
 
 
 def short_name(name: str) -> str:
-    """A data set's name for folders and fingerprints: of one's own, the training list's or the
-    folder's."""
-    return Path(split_at_comma(name)[0]).name.removesuffix(".csv")
+    """Its name for folders and fingerprints: of one's own data, the training list's or folder's."""
+    return Path(re.split(NEXT_LIST, name)[0]).name.removesuffix(".csv")
 
 
 def dataset_name(modality: str | None = None, labelled: bool = False, others: tuple[str, ...] = ()):
@@ -576,10 +550,10 @@ def dataset_name(modality: str | None = None, labelled: bool = False, others: tu
         except (UserError, OSError) as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         if modality not in (None, dataset.modality) or labelled and not dataset.classes:
-            labels = "with labels" if dataset.classes else "without labels"
-            wanted = f"{modality}s with labels" if labelled else f"{modality}s"
-            raise argparse.ArgumentTypeError(f"{name} holds {dataset.modality}s {labels}: expected "
-                                             f"{' or '.join([wanted, *others])}")
+            labels = "with" if dataset.classes else "without"
+            wanted = [f"{modality}s{' with labels' if labelled else ''}", *others]
+            raise argparse.ArgumentTypeError(f"{name} holds {dataset.modality}s {labels} labels: "
+                                             f"expected {' or '.join(wanted)}")
         return dataset.name
     return check
 
@@ -590,8 +564,8 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
     UserError if anything that it needs is missing or odd."""
     samples, there = find_samples(name, data_root, split, fold, stride)
     if not there.all():
-        missing = shortened(samples.names[~there])
-        raise UserError(f"of {len(there)} samples of {name}, {split}, fold {fold}, not there: {missing} "
+        raise UserError(f"of {len(there)} samples of {name}, {split}, fold {fold}, not there in "
+                        f"{samples.root}: {shortened(samples.names[~there])} "
                         f"({'; '.join(samples.notes)})")
     return samples
 
@@ -603,191 +577,140 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
     dataset = catalogue(name)
     if not 1 <= fold <= dataset.folds:
         raise UserError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
-    people = None
-    if dataset.name in CATALOGUE and not dataset.classes:
-        folder, path = need(dataset, Path(data_root), split, fold)
-        names, notes = listed_videos(folder, path)
-        labels = np.full(len(names), -1)
-        there = np.ones(len(names), bool)
+    own = dataset.name not in CATALOGUE
+    if own:
+        if split == "test" and len(dataset.lists) == 1:
+            raise UserError(f"{dataset.lists[0]} has no test part beside it: expected "
+                            "train.csv,test.csv, or a folder with train and test")
+        path = dataset.lists[split == "test"]
+        folder, rows = own_rows(path)
+        number = {label: i for i, label in enumerate(dataset.classes)} or {"": -1}
+        notes = [f"{path}: {', '.join(dataset.classes) or 'no labels'}"]
     else:
-        read = published_split if dataset.name in CATALOGUE else own_split
-        path, folders, rows, number, notes = read(dataset, Path(data_root), split, fold)
-        labels = label_numbers(path, rows, number)
-        files = [row.name for row in rows]
-        holding = [each for each in folders if locate(each, files[:1], dataset.modality)[1].all()]
-        folder = (holding or folders)[0]    # the first that holds the first sample
-        files, there = locate(folder, files, dataset.modality)
-        names = np.array([os.fsencode(file) for file in files])
-        if rows[0].person:
-            people = np.array([row.person.encode() for row in rows])
-        if dataset.name not in CATALOGUE:   # which knew no --data-root when it looked at them
-            paths = [folder / file for file in files]
-            if modality_of(paths) != dataset.modality:
-                raise UserError(f"{path} lists no {dataset.modality}s, as the names say ({paths[0]}): "
-                                "put it beside them, or write absolute paths")
-        if not there.all():
-            forms = " as a folder of frames, .mp4, .avi, .gif or .webp"
-            places = " and in ".join(map(str, folders))
-            notes.append(f"looked for in {places}{forms if dataset.modality == 'video' else ''}")
-    if dataset.modality == "image":
-        stride = 1
-    elif stride not in (None, dataset.stride):
-        notes.append(f"stride {stride} as given; the set's own is {dataset.stride}")
-    return Samples(dataset.name, dataset.modality, dataset.classes, folder, names, labels,
-                   stride or dataset.stride, dataset.rate, people, fold, dataset.crop,
-                   notes=tuple(notes)), there
+        folder, path = need(dataset, Path(data_root), split, fold)
+        if not dataset.classes:
+            names, note = listed_videos(folder, path)
+            samples = Samples(dataset.name, "video", (), folder, names, np.full(len(names), -1),
+                              stride or dataset.stride, crop=dataset.crop, notes=(note,))
+            return samples, np.ones(len(names), bool)
+        part = dataset.part.format(split=split)
+        left_out = dataset.left_out if path.suffix == ".csv" else ()
+        rows = []
+        for row in read_list(path):
+            if row.name.startswith(part) and row.label not in left_out:
+                stem, suffix = posixpath.splitext(row.name)
+                rows.append(row._replace(name=dataset.file.format(stem=stem, suffix=suffix)))
+        if not rows:
+            raise UserError(f"{path} holds no samples of the split")
+        first = first_label(dataset, Path(data_root)) if dataset.labels_from_1 else 0
+        number = {str(first + i): i for i in range(len(dataset.classes))}
+        notes = [f"{path}: labels count from {first}"]
+        if left_out:
+            notes.append(f"left out: labels {', '.join(left_out)}")
+    for row in rows:
+        if row.label not in number:
+            raise UserError(f"{path}, line {row.line}: {row.name!r} has the label {row.label!r}: "
+                            f"expected {', '.join(number)}")
+    labels = np.array([number[row.label] for row in rows])
+    people = np.array([row.person.encode() for row in rows]) if rows[0].person else None
+    files, there = locate(folder, [row.name for row in rows], dataset.modality)
+    if own:
+        if not there.any():                 # the list lies elsewhere than its samples
+            notes.append(f"nor in {folder}")
+            folder = Path(data_root)
+            files, there = locate(folder, [row.name for row in rows], dataset.modality)
+        if modality_of([folder / file for file in files]) != dataset.modality:
+            raise UserError(f"{path} lists no {dataset.modality}s, as the names say: put it beside "
+                            "them, or write absolute paths")
+    names = np.array([os.fsencode(file) for file in files])
+    stride = 1 if dataset.modality == "image" else stride or dataset.stride
+    return Samples(dataset.name, dataset.modality, dataset.classes, folder, names, labels, stride,
+                   dataset.rate, people, fold, dataset.crop, notes=tuple(notes)), there
 
 
 def need(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple[Path, Path]:
-    """A set's folder and the split's list. UserError, with all that was looked for, if one is not
-    there."""
+    """A set's folder and the split's list. UserError if one is not there."""
     folder = data_root / dataset.folder
-    lists = lists_of(dataset, data_root, split, fold)
-    found = [path for path in lists if path.is_file()]
-    if folder.is_dir() and (found or not dataset.classes):
-        return folder, (found or lists)[0]
-    hint = "The drawn faces (--dataset synthetic) need no download: python tests/faces.py"
-    for other in CATALOGUE.values():
-        if other.lists == dataset.lists and (data_root / other.folder).is_dir():
-            hint = f"{data_root / other.folder} is that of --dataset {other.name}"
-    raise UserError(f"below --data-root there must be {folder} and {' or '.join(map(str, lists))}: "
-                    f"not all are there. {hint}")
-
-
-def lists_of(dataset: DataSet, data_root: Path, split: str, fold: int) -> list[Path]:
     subset = "training" if split == "train" else "validation"               # AffectNet's words
-    paths = [path.format(split=split, subset=subset, fold=fold) for path in dataset.lists]
-    return [data_root / path for path in paths]
-
-
-def published_split(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple:
-    """Of a labelled set of the catalogue: a split's list, the folders that its names may be
-    relative to, its rows, the numbers that their labels stand for, and notes."""
-    folder, path = need(dataset, data_root, split, fold)
-    part = dataset.part.format(split=split)
-    rows = [row for row in read_list(path) if row.name.startswith(part)]
-    notes = []
-    if dataset.left_out and path.suffix == ".csv":
-        for label, word in enumerate(dataset.left_out, len(dataset.classes)):
-            kept = [row for row in rows if row.label != str(label)]
-            notes.append(f"left out: {len(rows) - len(kept)} {word}")
-            rows = kept
-    if not rows:
-        raise UserError(f"{path} holds no samples of the split")
-    for i, row in enumerate(rows):
-        stem, suffix = posixpath.splitext(row.name)
-        rows[i] = row._replace(name=dataset.file.format(stem=stem, suffix=suffix))
-    first = first_label(dataset, data_root) if dataset.labels_from_1 else 0
-    number = {str(first + i): i for i in range(len(dataset.classes))}
-    return path, [folder], rows, number, [f"{path}: labels count from {first}", *notes]
+    lists = [data_root / path.format(split=split, subset=subset, fold=fold)
+             for path in dataset.lists]
+    found = [path for path in lists if path.is_file()]
+    if not folder.is_dir() or dataset.classes and not found:
+        raise UserError(f"below --data-root there must be {folder} and "
+                        f"{' or '.join(map(str, lists))}: not all are there. The drawn faces "
+                        "(--dataset synthetic) need no download: python tests/faces.py")
+    return folder, (found or lists)[0]
 
 
 def first_label(dataset: DataSet, data_root: Path) -> int:
     """Whether a set's labels count from 0 or from 1. All of its lists that are there tell: one fold
     need not hold the lowest or the highest label. UserError where it may be either."""
     labels = set()
-    for split in ("train", "test"):
-        for fold in range(1, dataset.folds + 1):
-            for path in lists_of(dataset, data_root, split, fold):
-                if path.is_file():
-                    labels |= {row.label for row in read_list(path)}
+    for split, fold in product(("train", "test"), range(1, dataset.folds + 1)):
+        path = data_root / dataset.lists[0].format(split=split, fold=fold)
+        if path.is_file():
+            labels |= {row.label for row in read_list(path)}
     highest = str(len(dataset.classes))
     if "0" not in labels and highest not in labels:
-        raise UserError(f"the lists of {dataset.name} that are there have the labels "
-                        f"{', '.join(sorted(labels))}: neither 0 nor {highest} occurs, so they may "
-                        "count from 0 or from 1; put the data set's other lists there")
+        raise UserError(f"the lists of {dataset.name} have the labels {', '.join(sorted(labels))}: "
+                        f"neither 0 nor {highest} occurs, so they may count from 0 or from 1; put "
+                        "the data set's other lists there")
     return 0 if "0" in labels else 1
 
 
-def label_numbers(path: Path, rows: list["Row"], number: dict[str, int]) -> np.ndarray:
-    """Labels (n,), as numbers. UserError for a label that stands for none."""
-    for row in rows:
-        if row.label not in number:
-            known = ", ".join(number) or "none"
-            raise UserError(f"{path}, line {row.line}: {row.name!r} has the label {row.label!r}: "
-                            f"expected {known}")
-    return np.array([number[row.label] for row in rows])
-
-
-def listed_videos(folder: Path, path: Path) -> tuple[np.ndarray, list[str]]:
-    """Names (n,) of VoxCeleb2's videos, and notes. A million are listed once, in the file `path`,
-    which is written whole."""
+def listed_videos(folder: Path, path: Path) -> tuple[np.ndarray, str]:
+    """Names (n,) of VoxCeleb2's videos, and a note. A million are listed once, in the file `path`,
+    which is written whole, if one may write there."""
     if path.is_file() and path.stat().st_size:
         names = path.read_bytes().splitlines()
         note = f"{path}: {len(names)} files, as listed then (delete it to list anew)"
-        return np.array(names), [note]
+        return np.array(names), note
     names = list_videos(folder)
     part = path.with_name(f"files.{os.getpid()}.part")      # several processes may do this at once
-    try:
+    with suppress(OSError):
         part.write_bytes(b"\n".join(names))
         os.replace(part, path)
-        note = f"{path}: {len(names)} files listed now"
-    except OSError as error:
-        note = f"{path} cannot be written, every start lists {folder} anew: {error.strerror}"
-        with suppress(OSError):
-            part.unlink()
-    return np.array(names), [note]
+    return np.array(names), f"{folder}: {len(names)} files listed now"
 
 
 def list_videos(folder: Path) -> list[bytes]:
     """VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted. UserError if there are none."""
     names = []
-    people = [person for person in folders_in(folder) if person.startswith("id")]
-    for person in tqdm(people, f"listing {folder}", unit=" people"):
-        for video in folders_in(folder / person):
-            for file in os.listdir(folder / person / video):
-                if file.endswith(".mp4"):
-                    names.append(os.fsencode(f"{person}/{video}/{file}"))
+    for name in tqdm(iglob("id*/*/*.mp4", root_dir=folder), f"listing {folder}", unit=" videos"):
+        names.append(os.fsencode(name.replace(os.sep, "/")))
     if not names:
         raise UserError(f"{folder} holds no file id*/*/*.mp4")
     return sorted(names)
 
 
-def folders_in(path: Path) -> list[str]:
-    with os.scandir(path) as entries:       # which tells folders without asking for each
-        return [entry.name for entry in entries if entry.is_dir()]
-
-
 # ----------------------------------------------------------------------------- one's own data sets
 
+NEXT_LIST = r"(?i)(?<=\.csv),\s*"           # another comma is a part of a folder's name
 SPLIT_WORDS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
 
 
 def own_lists(name: str) -> tuple[Path, ...]:
-    """The training list of one's own data and, if there is one, the test list. In their place may
-    stand folders NAME/train and NAME/test, or NAME alone, with a folder for each class, as of
-    torchvision's ImageFolder."""
+    """The training list of one's own data and, if there is one, the test list; or the folders
+    NAME/train and NAME/test, or NAME alone, with a folder for each class, as ImageFolder has."""
     path = Path(os.path.abspath(name))
     if path.is_dir():
-        parts = [part for part in folders_in(path) if part.lower() in SPLIT_WORDS]
-        found = {part.lower(): path / part for part in parts}
-        if found.keys() - {"train", "test"} or found.keys() == {"test"}:
-            raise UserError(f"{path} is divided into {', '.join(parts)}: expected train and test")
-        if not found:
-            return (path,)
-        return tuple(found[part] for part in ("train", "test") if part in found)
-    files = split_at_comma(name)
+        parts = {part.lower(): path / part for part in os.listdir(path)}
+        found = [word for word in SPLIT_WORDS if word in parts]
+        if found not in ([], ["train"], ["train", "test"]):
+            raise UserError(f"{path} is divided into {', '.join(found)}: expected train and test")
+        return tuple(parts[word] for word in found) or (path,)
+    files = re.split(NEXT_LIST, name)
     if not name.lower().endswith(".csv") or len(files) > 2:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or "
                         "train.csv,test.csv, or a folder with train/CLASS/ and test/CLASS/")
     return tuple(Path(os.path.abspath(file)) for file in files)
 
 
-def split_at_comma(name: str) -> list[str]:
-    """The files of "train.csv,test.csv"; another comma is a part of a folder's name."""
-    return re.split(r"(?<=\.csv),\s*", name, flags=re.IGNORECASE)
-
-
-def folder_of(path: Path) -> Path:
-    """The folder that the names of one's own list, or of such a folder, are relative to."""
-    return path if path.is_dir() else path.parent
-
-
-def own_rows(path: Path) -> list["Row"]:
-    """Samples with class names, of a list, or CLASS/FILE of a folder. UserError for a file beside
-    the classes."""
+def own_rows(path: Path) -> tuple[Path, list["Row"]]:
+    """Samples with class names of a list, or CLASS/FILE of a folder, and what they are relative to.
+    UserError for a file beside the classes."""
     if not path.is_dir():
-        return read_list(path, own=True)
+        return path.parent, read_list(path, own=True)
     rows = []
     for label in visible(path):
         if not (path / label).is_dir():
@@ -797,11 +720,15 @@ def own_rows(path: Path) -> list["Row"]:
             rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
     if not rows:
         raise UserError(f"{path} holds no samples: expected {path / 'CLASS' / 'FILE'}")
-    return rows
+    return path, rows
 
 
 def visible(folder: Path) -> list[str]:
-    """The names in a folder, but for what systems leave there."""
+    """The names in a folder, frame 2 before frame 10, but for what systems leave there."""
+    def natural(name: str) -> list:
+        parts = re.split(r"(\d+)", name)
+        return [int(part) if part.isdecimal() else part for part in parts]
+
     hidden = ("thumbs.db", "desktop.ini", "__macosx")
     names = [name for name in os.listdir(folder) if name.lower() not in hidden]
     return sorted((name for name in names if not name.startswith(".")), key=natural)
@@ -809,52 +736,30 @@ def visible(folder: Path) -> list[str]:
 
 def class_names(path: Path, rows: list["Row"]) -> tuple[str, ...]:
     """The labels that occur, sorted. UserError for two that differ in capitals alone."""
+    names = sorted({row.label for row in rows} - {""})
     first = {}
-    for row in rows:
-        other = first.setdefault(row.label.casefold(), row)
-        if other.label != row.label:
-            raise UserError(f"{path}: {other.label!r} (line {other.line}, {other.name}) and "
-                            f"{row.label!r} (line {row.line}, {row.name}) look like one class: "
-                            "write them the same way")
-    return tuple(sorted({row.label for row in rows} - {""}))
+    for name in names:
+        other = first.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(f"{path}: {other!r} and {name!r} look like one class: write them the "
+                            "same way")
+    return tuple(names)
 
 
 def modality_of(paths: list[Path]) -> str:
-    """"image" or "video", what all of the files are. UserError if they differ.
-
-    The content tells, of the first file with each suffix, and of every GIF and WebP, which may be
-    either. What is not there goes by its suffix.
-    """
-    looked_at = {}
+    """"image" or "video", what all of the files are: the first with each suffix tells, by its
+    content or, if it is not there, by the suffix. UserError if they differ."""
+    first = {}
     for path in paths:
-        suffix = path.suffix.lower()
-        looked_at.setdefault(path if suffix in (".gif", ".webp") else suffix, path)
+        first.setdefault(path.suffix.lower(), path)
     found = {}
-    for path in looked_at.values():
-        clip = path.suffix.lower() not in IMAGE_SUFFIXES
-        if path.exists():
-            clip = is_clip(path)
+    for suffix, path in first.items():
+        clip = is_clip(path) if path.exists() else suffix not in IMAGE_SUFFIXES
         found["video" if clip else "image"] = path
     if len(found) > 1:
         raise UserError(f"one data set has images ({found['image']}) and clips "
                         f"({found['video']}): make two of it")
     return next(iter(found))
-
-
-def own_split(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple:
-    """Of one's own data the same as `published_split` of a set of the catalogue."""
-    if split == "test" and len(dataset.lists) == 1:
-        raise UserError(f"{dataset.lists[0]} has no test part beside it: expected "
-                        "train.csv,test.csv, or a folder with train and test")
-    path = dataset.lists[split == "test"]
-    rows = own_rows(path)
-    number = {label: i for i, label in enumerate(dataset.classes)}
-    note = ", ".join(f"{i} {label}" for label, i in number.items()) or "no labels"
-    if not dataset.classes:
-        number[""] = -1
-        if path.is_dir():
-            rows = [row._replace(label="") for row in rows]
-    return path, [folder_of(path), data_root], rows, number, [f"{path}: {note}"]
 
 
 # ------------------------------------------------------------------------------------------ lists
@@ -876,11 +781,11 @@ HEADER = {                                  # words of header lines, by what the
 def read_list(path: Path, own: bool = False) -> list[Row]:
     """The lines of a list: .csv with a header, or .txt of "name label". A line is a sample: a quote
     does not span lines. UserError for what is no list in UTF-8, or no such line. own: one's own."""
-    with open(path, "rb") as file:
-        if b"\0" in file.read(4):
-            raise UserError(f"{path} is UTF-16: save it as CSV UTF-8")
+    content = path.read_bytes()
+    if b"\0" in content[:4]:
+        raise UserError(f"{path} is UTF-16: save it as CSV UTF-8")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not in UTF-8, but in GBK, Windows-1252 or the like: save it as "
                         "CSV UTF-8") from error
@@ -888,7 +793,7 @@ def read_list(path: Path, own: bool = False) -> list[Row]:
     columns = {} if is_csv else {"name": 0, "label": 1}
     width = len(columns)
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}: {line.strip()!r}"
         try:
             fields = next(csv.reader([line], strict=True), []) if is_csv else line.rsplit(None, 1)
@@ -917,20 +822,17 @@ def header_columns(fields: list[str], where: str, own: bool) -> dict[str, int]:
     or two columns of a kind."""
     found = []
     for i, field in enumerate(fields):
-        for column, words in HEADER.items():
-            if look(field).lower() in words:
-                found.append((column, i))
-        if field == "id" and not own:       # FERV39K's word for labels
-            found.append(("label", i))
+        word = look(field).lower()
+        if word == "id" and not own:        # FERV39K's word for labels
+            word = "label"
+        found += [(column, i) for column, words in HEADER.items() if word in words]
     columns = dict(found)
     if "name" in columns and len(columns) == len(found):
         return columns
     for separator, word in ((";", "semicolons"), ("\t", "tabs")):
         if separator in fields[0]:
             raise UserError(f"{where}: {word} between the columns: export with commas")
-    words = ", ".join(HEADER["name"] + HEADER["label"] + HEADER["person"])
-    raise UserError(f"{where} is no header: expected path,label or path,label,person or path "
-                    f"(known words: {words})")
+    raise UserError(f"{where} is no header: expected path,label or path,label,person or path")
 
 
 def look(text: str) -> str:
@@ -943,32 +845,28 @@ def look(text: str) -> str:
 
 def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.ndarray]:
     """The files or folders that names stand for, and whether they are there (n,) bool; what is not
-    keeps its name. Names that look the same are the same.
-
-    A clip is a folder of frames, or a video in its place; numbers with or without leading zeros.
-    Each folder is listed once: asking for 100,000 files takes minutes on a network disk.
-    """
+    keeps its name. Names that look the same are the same. A clip is a folder of frames, or a video
+    in its place; numbers with or without leading zeros."""
     clips = modality == "video"
 
     def key(name: str) -> str:
         name = look(name)
         return name.lstrip("0") if clips and name.isdecimal() else name
 
-    @cache
+    @cache                                  # asking for 100,000 files takes minutes on a network
     def inside(folder: str) -> dict[str, str]:
-        """The paths in a folder: by their names, by their keys, by those without a suffix."""
+        """The paths in a folder by their names, their keys and, of videos, these without suffix."""
         if not os.path.isdir(root / folder):
             folder = find(folder) if folder else None
-        if folder is None:
-            return {}
-        paths, by_key = {}, {}
-        for file in sorted(os.listdir(root / folder)):
-            paths[file] = posixpath.join(folder, file)
-            by_key.setdefault(key(file), paths[file])
+        paths = {}
+        for file in sorted(os.listdir(root / folder)) if folder is not None else ():
+            path = posixpath.join(folder, file)
+            paths.setdefault(key(file), path)
             stem, suffix = posixpath.splitext(file)
             if clips and suffix in (".mp4", ".avi", ".gif", ".webp"):
-                by_key.setdefault(key(stem), paths[file])
-        return by_key | paths
+                paths.setdefault(key(stem), path)
+            paths[file] = path
+        return paths
 
     def find(name: str) -> str | None:
         folder, file = posixpath.split(name)
@@ -978,12 +876,6 @@ def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.n
     found = [find(name) for name in names]
     there = np.array([path is not None for path in found], bool)
     return [path or name for path, name in zip(found, names)], there
-
-
-def natural(name: str) -> list:
-    """Sort key that puts frame 2 before frame 10."""
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if part.isdecimal() else part for part in parts]
 
 
 def shortened(items) -> str:
@@ -996,54 +888,43 @@ def shortened(items) -> str:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
                   ".avif", ".jp2", ".ppm", ".pgm")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
-                  ".ts", ".mts", ".3gp")
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")   # the pictures of a TIFF or MPO file are no frames
-HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 UNREADABLE = (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error,
               Image.DecompressionBombError)  # what Pillow raises for damaged files
-FEW_FRAMES = 32                             # are decoded faster than a key frame is sought
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """An image as uint8 (3, H, W), upright; of an animation or of several pages the first.
-
-    Its content, not its name, tells the format. UserError names a file that is no image.
-    """
-    image = open_picture(path)
-    if image is None:
-        raise UserError(f"{path} cannot be read as an image: it is of no known format")
-    try:
-        with image:
-            return as_tensor(image)
-    except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    """An image as uint8 (3, H, W), upright; of an animation or of several pages the first. Its
+    content, not its name, tells the format. UserError names a file that is no image."""
+    with open_picture(path) as image:
+        if image is None:
+            raise UserError(f"{path} cannot be read as an image: it is of no known format")
+        return as_tensor(image)
 
 
-def open_picture(path: Path) -> Image.Image | None:
-    """What Pillow opens as a picture or an animation, whatever it is called; None if it is neither.
-
-    UserError for HEIC, of which FFmpeg would show one tile, and for what is no file: reading a
-    pipe would wait for ever.
-    """
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image | None]:
+    """A context with what Pillow opens, whatever it is called, or None if that is no picture.
+    UserError for what is damaged, for HEIC, of which FFmpeg would show one tile, and for what is no
+    file: reading a pipe would wait for ever."""
     if not os.path.isfile(path):
         found = "no file" if os.path.exists(path) else "not there"
         raise UserError(f"{path} is {found}: expected an image or a video")
+    image = None
     try:
-        image = Image.open(path)
-    except Image.UnidentifiedImageError:
         with open(path, "rb") as file:
-            start = file.read(12)
-        if start[4:8] == b"ftyp" and start[8:] in HEIC:
+            brand = file.read(12)[4:]
+        with suppress(Image.UnidentifiedImageError):
+            image = Image.open(path)
+        if image is None and brand.startswith((b"ftyphe", b"ftypmif1", b"ftypmsf1")):
             raise UserError(f"{path} is a HEIC picture, which is not read: save it as JPEG or PNG "
-                            "(a picture viewer does, or heif-convert IN.heic OUT.jpg)") from None
-        return None
+                            "(a picture viewer does, or heif-convert IN.heic OUT.jpg)")
+        if image is not None and image.format == "MPEG":    # of which Pillow only knows the size
+            image = None
+        with image or nullcontext():
+            yield image
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if image.format == "MPEG":              # a video, of which Pillow only knows the size
-        image.close()
-        return None
-    return image
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
@@ -1060,78 +941,79 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
 
 def frames_in(image: Image.Image) -> int:
     """The number of frames of a picture, 1 unless it is an animation."""
-    if image.format in ANIMATED:
-        return getattr(image, "n_frames", 1)
-    return 1
+    return getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a path is a clip (a folder of frames, an animation, a video), not an image.
-
-    A file's content tells, not its name. What is neither picture nor video is taken for the kind
-    that it is called, and reading it is an error. UserError for HEIC, for a picture whose beginning
-    is damaged, and where there is no file.
-    """
+    """Whether a path is a clip (a folder of frames, an animation, a video), not an image: its
+    content tells. What is no picture goes by its name. UserError as of `open_picture`."""
     if os.path.isdir(path):
         return True
-    image = open_picture(path)
-    if image is not None:
-        try:
-            with image:
-                return frames_in(image) > 1
-        except UNREADABLE as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
-        return True
-    with suppress(UserError, av.FFmpegError), open_video(path) as stream:
-        return stream.container.format.name.startswith(("mov,", "matroska", "mpegts", "avi"))
-    return False
+    with open_picture(path) as image:
+        if image is not None:
+            return frames_in(image) > 1
+    return not os.fspath(path).lower().endswith(IMAGE_SUFFIXES)
 
 
 def read_clip(path: Path, which_frames: Callable, transform: Callable | None = None,
               progress: Callable | None = None) -> torch.Tensor:
     """Frames of a folder of images, of an animation or of a video, uint8 (T, 3, H, W).
 
-    which_frames: a function of the number of frames n and of the frames a second (None for a
-    folder), which gives the T frame numbers wanted, in any order, repeats allowed.
-    transform: what every frame (3, h, w) goes through as it is decoded, so that memory follows what
-    is kept. progress: a function that is called with the number of frames decoded so far.
-    UserError names a file that cannot be decoded or has fewer frames than it says.
+    which_frames(n, rate): the T frame numbers wanted, in any order, repeats allowed, of n frames at
+    so many a second (None for a folder). transform: what every frame (3, h, w) goes through as it
+    is decoded, so that memory follows what is kept. progress: called with the number of frames
+    decoded so far. UserError names a file that cannot be decoded or has fewer frames than it says.
     """
-    clip = Clip(path, which_frames, transform, progress)
-    try:
-        if os.path.isdir(path):
-            read_folder(path, clip)
-        elif (image := open_picture(path)) is not None:
-            read_animation(image, clip)
-        else:
-            read_video(path, clip)
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a clip: {error.strerror}") from error
-    return clip.frames
+    wanted = []
+
+    def choose(n: int, rate: float | None) -> list[int]:
+        """The numbers of the frames to read, each once, in rising order."""
+        if n == 0:
+            raise UserError(f"{path} is truncated: it has no frames")
+        wanted.extend(which_frames(n, rate))
+        return sorted(set(wanted))
+
+    if os.path.isdir(path):
+        read = read_folder
+    else:
+        with open_picture(path) as image:
+            read = read_video if image is None else read_animation
+    clip = None
+    for decoded, (number, frame) in enumerate(read(path, choose), 1):
+        if progress is not None:
+            progress(decoded)
+        if frame is None:
+            continue
+        if transform is not None:
+            frame = transform(frame)
+        if clip is None:
+            # Made at once: kept each for itself among the large frames that pass, small ones leave
+            # holes in memory, which then grows. Channel last resizes fast.
+            numbers = torch.tensor(wanted)                              # (T,)
+            clip = torch.empty(len(wanted), *frame.shape[1:], 3, dtype=torch.uint8)
+            clip = clip.permute(0, 3, 1, 2)                             # (T, 3, H, W)
+        if frame.shape[1:] != clip.shape[2:]:   # a detector's crops, a turned telephone
+            frame = v2.functional.resize(frame, clip.shape[2:], antialias=True)
+        clip[numbers == number] = frame
+    return clip
 
 
 def video_length(path: Path) -> tuple[int, float | None]:
-    """The number of frames of a clip, counted, and its frames a second (None for a folder).
-
-    No frame is decoded, but of videos that begin between key frames. UserError as of `read_clip`.
-    """
-    lengths = []
+    """The number of frames of a clip, counted, and its frames a second (None for a folder). Nothing
+    is decoded, but videos that begin between key frames. UserError as of `read_clip`."""
+    length = []
 
     def no_frames(n: int, rate: float | None) -> list[int]:
-        lengths.append((n, rate))
+        length.extend((n, rate))
         return []
 
     read_clip(path, no_frames)
-    return lengths[0]
+    return tuple(length)
 
 
 def resampled(which_frames: Callable, n: int, rate: float | None, wanted_rate: float) -> list[int]:
-    """Frame numbers chosen as if a clip had `wanted_rate` frames a second, mapped to its own.
-
-    which_frames: a function of the number of frames alone. n, rate: of the clip; without a rate,
-    or with the same, nothing changes.
-    """
+    """Frame numbers as `which_frames`, a function of the number of frames alone, chooses them in a
+    clip of `wanted_rate` frames a second, mapped to one of n frames at `rate`, if that is known."""
     if rate is None or rate == wanted_rate:
         return which_frames(n)
     step = rate / wanted_rate
@@ -1139,234 +1021,131 @@ def resampled(which_frames: Callable, n: int, rate: float | None, wanted_rate: f
     return [min(int(number * step + 0.5), n - 1) for number in numbers]
 
 
-class Clip:
-    """The wanted frames of one clip, filled in by a reader one by one.
+# The readers below give pairs: a frame's number and the frame (3, h, w), or None for what had to be
+# decoded without being wanted. choose(n, rate): the numbers wanted.
 
-    They are written into one tensor that is made with the first of them: kept each for itself
-    among the large frames that pass, they would leave holes in memory, which then grows.
-    """
-
-    def __init__(self, path: Path, which_frames: Callable, transform: Callable | None,
-                 progress: Callable | None):
-        self.path = path
-        self.which_frames = which_frames
-        self.transform = transform
-        self.progress = progress
-        self.decoded = 0
-        self.frames = None                                              # (T, 3, H, W)
-
-    def choose(self, n: int, rate: float | None) -> list[int]:
-        """The numbers of the frames to read, each once, in rising order."""
-        if n == 0:
-            raise UserError(f"{self.path} is truncated: it has no frames")
-        self.numbers = torch.tensor(list(self.which_frames(n, rate)))   # (T,)
-        return self.numbers.unique().tolist()
-
-    def count(self) -> None:
-        """One more frame is decoded."""
-        self.decoded += 1
-        if self.progress is not None:
-            self.progress(self.decoded)
-
-    def put(self, number: int, frame: torch.Tensor) -> None:
-        """Keep a frame (3, h, w) wherever its number is wanted."""
-        if self.transform is not None:
-            frame = self.transform(frame)
-        height, width = frame.shape[1:]
-        if self.frames is None:             # channel last in memory, which resizes fast
-            shape = (len(self.numbers), height, width, 3)
-            self.frames = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-        if self.frames.shape[2:] != frame.shape[1:]:    # a detector's crops, a turned telephone
-            frame = v2.functional.resize(frame, self.frames.shape[2:], antialias=True)
-        for place in (self.numbers == number).nonzero().flatten().tolist():
-            self.frames[place] = frame
-
-
-def read_folder(path: Path, clip: Clip) -> None:
-    """Fill a clip from a folder whose images, in natural order, are its frames."""
-    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES)]
-    names = [name for name in sorted(names, key=natural) if not name.startswith(".")]
+def read_folder(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor]]:
+    """Of a folder whose images, in natural order, are the frames."""
+    names = [name for name in visible(path) if name.lower().endswith(IMAGE_SUFFIXES)]
     if not names:
         raise UserError(f"{path} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
-    for number in clip.choose(len(names), None):
-        clip.put(number, read_image(path / names[number]))
-        clip.count()
+    for number in choose(len(names), None):
+        yield number, read_image(path / names[number])
 
 
-def read_animation(image: Image.Image, clip: Clip) -> None:
-    """Fill a clip from an animation, or from a picture, whose only frame it is."""
-    try:
-        with image:
-            n = frames_in(image)
-            milliseconds = 0
-            for number in range(n):
-                image.seek(number)
-                image.load()                # tells how long the frame is shown
-                milliseconds += image.info.get("duration", 0)
-            rate = 1000 * n / milliseconds if milliseconds else None
-            for number in clip.choose(n, rate):
-                image.seek(number)
-                clip.put(number, as_tensor(image))
-                clip.count()
-    except UNREADABLE as error:
-        raise UserError(f"{clip.path} cannot be read as an animation: {error}") from error
+def read_animation(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor]]:
+    """Of an animation, or of a picture, whose only frame it is."""
+    with open_picture(path) as image:
+        n = frames_in(image)
+        milliseconds = 0
+        for number in range(n):
+            image.seek(number)
+            image.load()                    # tells how long the frame is shown
+            milliseconds += image.info.get("duration", 0)
+        for number in choose(n, 1000 * n / milliseconds if milliseconds else None):
+            image.seek(number)
+            yield number, as_tensor(image)
 
 
-class Packet(NamedTuple):
-    """What is kept of a packet, which holds one coded frame."""
-    time: int | None                        # at which the frame is shown
-    order: int | None                       # time at which it is decoded
-    key: bool                               # it needs no other frame
-    shown: bool                             # if not, it only serves to predict others
-
-
-def read_video(path: Path, clip: Clip) -> None:
-    """Fill a clip from a video: its packets are counted, then the wanted frames are decoded, each
-    group of them from the key frame before it.
-
-    Frames are told apart by the times at which they are shown. Where these cannot tell, everything
-    is decoded from the start and counted.
-    """
-    numbers = {}                            # of the frames by their times
+def read_video(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor | None]]:
+    """Of a video: its packets, each a coded frame, are counted, then those are decoded that wanted
+    frames need. Frames are known by the times at which they are shown, or else counted."""
+    packets = []                            # times at which their frames are shown
+    times = []                              # of those that do not only serve to predict others
+    keys = {}                               # places of those that need no other, by their times
     with open_video(path) as stream:
-        container = stream.container
-        packets = [Packet(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard)
-                   for packet in container.demux(stream) if packet.size]
-        begin = packets[0] if packets else None
-        times = [packet.time for packet in packets if packet.shown]
-        if packets and begins_between_keys(times, packets, container.format.name):
-            # Players show what can be decoded, which only decoding tells.
-            begin = next((packet for packet in packets if packet.key), begin)
-            with open_video(path) as another:
-                times = [frame.pts for frame in decoded_frames(another, begin, clip)]
-        if can_seek(times, packets, container.format.name):
-            times.sort()
-            numbers = {time: number for number, time in enumerate(times)}
-        left = set(clip.choose(len(times), rate_of(stream, len(times))))
-        if numbers:
-            for start, wanted in groups_by_key_frame(sorted(left), times, packets):
-                with suppress(av.FFmpegError):  # then no frame is found here
-                    container.seek(start.order or start.time, stream=stream)
-                frames = decoded_frames(stream, start, clip, numbers, wanted)
-                left -= put_wanted(clip, frames, numbers, wanted)
-    if left:                                # the long way finds whatever can be decoded
-        with open_video(path) as stream:
-            left -= put_wanted(clip, decoded_frames(stream, begin, clip), numbers, left)
-    if left:
-        raise UserError(f"{path} is truncated: frame {min(left)} of {len(times)} cannot be decoded")
+        container = stream.container.format.name
+        rate = stream.average_rate or stream.guessed_rate
+        for packet in stream.container.demux(stream):
+            if packet.size:
+                if packet.is_keyframe:
+                    keys.setdefault(packet.pts, len(packets))
+                if not packet.is_discard:
+                    times.append(packet.pts)
+                packets.append(packet.pts)
+    begin = 0                               # in a file a first frame that is no key is damaged
+    if keys and container in ("mpegts", "mpeg", "mpegvideo", "h264", "hevc"):
+        begin = min(keys.values())
+    everything = {begin: len(packets) - 1}
+    numbers = {}                            # of the frames by their times; empty: these cannot tell
+    if begin > 0 or None in packets or any(time < packets[0] for time in times):
+        # Begun between key frames. Players show what can be decoded, which only decoding tells.
+        times = [None for frame in decoded_frames(path, everything)]
+    elif len(set(packets)) == len(packets) and list(keys) == sorted(keys):
+        if container != "avi":              # which only tells the order of decoding
+            numbers = {time: number for number, time in enumerate(sorted(times))}
+    left = set(choose(len(times), float(rate) if rate else None))
+    if not left:                            # only the length was asked for
+        return
+    ways = [(everything, None)]             # which finds whatever can be decoded
+    if numbers:
+        # Each frame from the last key frame that is shown no later. (In an open group of pictures,
+        # frames shown before a key frame but stored behind it need the frames before it, too.)
+        wanted = {time for time in numbers if numbers[time] in left}
+        ranges = {}
+        start = 0
+        for time, place in sorted(zip(packets, range(len(packets)))):
+            if time in keys:
+                start = place
+            if time in wanted:
+                ranges[start] = max(ranges.get(start, 0), place)
+        ways.insert(0, (ranges, wanted))
+    to_rgb = VideoReformatter()             # one for all frames keeps its tables
+    for ranges, only in ways:
+        for count, frame in enumerate(decoded_frames(path, ranges, only)):
+            number = numbers.get(frame.pts) if numbers else count
+            if number not in left:
+                yield number, None
+                continue
+            rgb = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            upright = torch.rot90(torch.from_numpy(rgb), round(frame.rotation / 90))
+            yield number, upright.permute(2, 0, 1)
+            left.remove(number)
+            if not left:
+                return
+    raise UserError(f"{path} is truncated: frame {min(left)} of {len(times)} cannot be decoded")
+
+
+def decoded_frames(path: Path, ranges: dict[int, int],
+                   wanted: set[int] | None = None) -> Iterator[av.VideoFrame]:
+    """The frames of a video's packets in `ranges`, {first: last}, which may overlap. wanted: if
+    given, frames of other times may be left out, where no others need them: a third of the time."""
+    with open_video(path) as stream:
+        codec = stream.codec_context
+        # Other decoders do not heed the setting at once; and in damaged parts, which transport
+        # streams often have, a frame depends on every frame before it.
+        may_skip = codec.name in ("h264", "hevc") and stream.container.format.name != "mpegts"
+        last = -1
+        packets = (packet for packet in stream.container.demux(stream) if packet.size)
+        for place, packet in enumerate(packets):
+            last = max(last, ranges.get(place, -1))
+            if place > last:
+                continue
+            if wanted is not None and may_skip:
+                codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            yield from codec.decode(packet)
+            if place == last:
+                yield from codec.decode(None)       # what the decoder still holds
+                codec.flush_buffers()
 
 
 @contextmanager
 def open_video(path: Path) -> Iterator[av.VideoStream]:
-    """A context with the first video stream of a file that is not its cover picture."""
-    file = os.path.abspath(path)            # FFmpeg takes a:b.mp4 for a URL
-    with av.open(file, metadata_errors="ignore") as container:
-        for stream in container.streams.video:
-            cover = stream.disposition & av.stream.Disposition.attached_pic
-            if stream.codec_context is not None and not cover:
-                break
-        else:
-            raise UserError(f"{path} has no video stream of a known kind")
-        size = os.path.getsize(path)
-        if any(entry.pos + entry.size > size for entry in stream.index_entries):
-            raise UserError(f"{path} is truncated: its index lists frames beyond its end")
-        stream.thread_count = 1             # loading processes run side by side already
-        yield stream
-
-
-def rate_of(stream: av.VideoStream, n: int) -> float | None:
-    """Frames a second of a video of n frames, None where the file does not tell."""
-    rate = stream.average_rate or stream.guessed_rate
-    if not rate and stream.duration:
-        rate = n / (stream.duration * stream.time_base)
-    return float(rate) if rate else None
-
-
-def begins_between_keys(times: list[int | None], packets: list[Packet], container: str) -> bool:
-    """Whether a video begins with frames that are predicted from others, which it has not.
-
-    Without a first key frame it was received from some moment on; in a file that is no stream, that
-    frame is only damaged.
-    """
-    first = packets[0]
-    if None in times or first.time is None:
-        return True
-    received = container in ("mpegts", "mpeg", "mpegvideo", "h264", "hevc")
-    return received and not first.key or min(times, default=first.time) < first.time
-
-
-def can_seek(times: list[int | None], packets: list[Packet], container: str) -> bool:
-    """Whether times tell frames apart and lead to key frames."""
-    if not container.startswith(("mov,", "matroska", "mpegts")):
-        return False                        # AVI, for one, only tells the order of decoding
-    keys = [packet.time for packet in packets if packet.key]
-    orders = [packet.order for packet in packets if packet.order is not None]
-    if None in keys or None in times or len(set(times)) < len(times):
-        return False
-    # Times that fall back belong to a second recording in the same file.
-    rising = keys == sorted(keys) and orders == sorted(orders)
-    return rising and {packet.time for packet in packets}.issuperset(times)
-
-
-def groups_by_key_frame(wanted: list[int], times: list[int],
-                        packets: list[Packet]) -> list[tuple[Packet, set[int]]]:
-    """The wanted frame numbers in groups, each with the key frame where its decoding begins: the
-    last one that is shown no later. (In an open group of pictures, what is shown before a key frame
-    though stored behind it is predicted from the frames before, too.)
-    """
-    keys = [packet for packet in packets if packet.key]
-    key_times = [packet.time for packet in keys]
-    places = {packet.time: place for place, packet in enumerate(packets)}
-    found = []
-    reached = 0                             # place of the wanted frame before
-    for number in wanted:
-        time = times[number]
-        key = keys[max(0, bisect_right(key_times, time) - 1)]
-        if not found or places[key.time] > reached + FEW_FRAMES:
-            found.append((key, set()))
-        found[-1][1].add(number)
-        reached = places[time]
-    return found
-
-
-def decoded_frames(stream: av.VideoStream, start: Packet, clip: Clip,
-                   numbers: dict[int, int] | None = None,
-                   wanted: set[int] = frozenset()) -> Iterator[av.VideoFrame]:
-    """The frames of a video from a packet on, counted by the clip.
-
-    numbers, wanted: if given, frames that are not wanted may be left out where no others need
-    them, which saves a third of the time.
-    """
-    codec = stream.codec_context
-    # Other decoders do not heed the setting at once; and in damaged parts, which transport streams
-    # often have, a frame depends on every frame before it.
-    may_skip = codec.name in ("h264", "hevc") and stream.container.format.name != "mpegts"
-    packets = (packet for packet in stream.container.demux(stream) if packet.size)
-    packets = dropwhile(lambda packet: packet.pts != start.time, packets)
-    for packet in chain(packets, [None]):   # None: what the decoder still holds
-        if numbers and may_skip and packet is not None:
-            is_wanted = numbers.get(packet.pts) in wanted
-            codec.skip_frame = "DEFAULT" if is_wanted else "NONREF"
-        for frame in codec.decode(packet):
-            clip.count()
-            yield frame
-
-
-def put_wanted(clip: Clip, frames: Iterable[av.VideoFrame], numbers: dict[int, int],
-               wanted: set[int]) -> set[int]:
-    """Put those of a video's frames that are wanted into a clip, upright; returns their numbers.
-
-    numbers: of the frames by their times; if empty, frames are counted.
-    """
-    to_rgb = VideoReformatter()             # one for all frames keeps its tables
-    found = set()
-    for count, frame in enumerate(frames):
-        number = numbers.get(frame.pts) if numbers else count
-        if number in wanted:                # only these become RGB
-            rgb = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            upright = torch.rot90(torch.from_numpy(rgb), round(frame.rotation / 90))
-            clip.put(number, upright.permute(2, 0, 1))
-            found.add(number)
-        if len(found) == len(wanted):
-            break
-    return found
+    """A context with the first video stream of a file that is not its cover picture. UserError for
+    what FFmpeg cannot read."""
+    try:
+        file = os.path.abspath(path)        # FFmpeg takes a:b.mp4 for a URL
+        with av.open(file, metadata_errors="ignore") as container:
+            cover = av.stream.Disposition.attached_pic
+            streams = [stream for stream in container.streams.video
+                       if stream.codec_context is not None and not stream.disposition & cover]
+            if not streams:
+                raise UserError(f"{path} has no video stream of a known kind")
+            stream = streams[0]
+            size = os.path.getsize(path)
+            if any(entry.pos + entry.size > size for entry in stream.index_entries):
+                raise UserError(f"{path} is truncated: its index lists frames beyond its end")
+            stream.thread_count = 1         # loading processes run side by side already
+            yield stream
+    except av.FFmpegError as error:
+        raise UserError(f"{path} cannot be read as a clip: {error.strerror}") from error

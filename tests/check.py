@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (CATALOGUE, Samples, Schedule, Source, TrainingData, boxed, catalogue, class_names,  # noqa: E402
-                  dataset_name, find_samples, hold_out, list_videos, load_samples, loader, overlap,
-                  own_rows, read_clip, read_image, resampled, shortened, test_frames)
+from data import (CATALOGUE, Samples, Schedule, Source, TrainingData, boxed, catalogue, dataset_name,  # noqa: E402
+                  find_samples, hold_out, list_videos, load_samples, loader, overlap, read_clip, read_image, resampled,
+                  shortened, test_frames)
 from model import MASK_RATIO, SIZES, UserError, random_mask, whole_file  # noqa: E402
 from pretrain import TINY, box, guarded, number, path  # noqa: E402
 
@@ -256,16 +256,15 @@ def show(args) -> torch.Tensor:
 
 def split(name: str, data_root: Path, share: float, person: str | None, output: Path, seed: int) -> None:
     """Write train.csv and test.csv, with that share of the people, where they are known, or of each class."""
-    samples, rows = load_samples(name, data_root, "train"), own_rows(catalogue(name).lists[0])
-    classes = class_names(Path(name), rows)  # those of a folder that is not divided, too
+    samples = load_samples(name, data_root, "train")
+    classes = samples.classes
     if not classes:
         raise UserError(f"{name} has no labels")
-    labels = np.array([classes.index(row.label) for row in rows])
-    samples = replace(samples, classes=classes, labels=labels)
     if person:
-        found = [re.search(person, row.name) for row in rows]
+        names = [os.fsdecode(name) for name in samples.names.tolist()]
+        found = [re.search(person, name) for name in names]
         if None in found:
-            raise UserError(f"--person {person!r} finds nobody in {rows[found.index(None)].name}")
+            raise UserError(f"--person {person!r} finds nobody in {names[found.index(None)]}")
         samples.people = np.array([match[match.lastindex or 0].encode() for match in found])
     files = [output / "train.csv", output / "test.csv"]
     for path in files:

@@ -159,7 +159,7 @@ def test_results_are_written_whatever_the_terminal_shows(faces, tmp_path, monkey
 def test_evaluation_by_two_processes_is_exactly_that_of_training_by_one(runs, faces):
     folder, _ = runs
     text = run_command(folder, "evaluate.py", "--checkpoint", folder / "fine1/last.pt", "--data-root", faces,
-                       "--workers", 1, "--output", folder / "evaluation", processes=2)
+                       "--workers", 1, "--report", folder / "evaluation", processes=2)
     assert "synthetic, fold 1: 7 test samples" in text and "synthetic-images: 14 test samples" in text
     report = json.loads((folder / "evaluation/evaluation.json").read_text())
     assert sum(map(sum, report["synthetic"]["confusion"])) == 7, "no sample may be counted twice"
