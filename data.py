@@ -716,7 +716,10 @@ def own_rows(path: Path) -> tuple[Path, list["Row"]]:
         if not (path / label).is_dir():
             raise UserError(f"{path / label} lies beside folders of classes: expected "
                             f"{path / 'CLASS' / label}, or a list as train.csv")
-        for file in visible(path / label):
+        files = visible(path / label)
+        if not files:
+            raise UserError(f"{path / label} is empty: put samples of the class there, or delete it")
+        for file in files:
             rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
     if not rows:
         raise UserError(f"{path} holds no samples: expected {path / 'CLASS' / 'FILE'}")

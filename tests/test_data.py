@@ -333,7 +333,8 @@ def test_folders_by_class(tmp_path, train, test):
     (["train/a/1", "val/a/2"], "is divided into .*val.*: expected train and test"),
     (["test/a/1"], "is divided into test: expected train and test"),
     (["train/a/1", "train/A/2"], "look like one class"), (["a/1", "b.mp4"], "b.mp4 lies beside folders of classes"),
-    (["train/a/1", "test/b/2"], "'b/2' has the label 'b': expected a"), (["train/.x/1"], "holds no samples")])
+    (["train/a/1", "test/b/2"], "'b/2' has the label 'b': expected a"), (["train/.x/1"], "holds no samples"),
+    (["train/a/1", "train/b/.DS_Store", "test/a/2"], "b is empty: put samples")])
 def test_folders_by_class_that_are_refused(tmp_path, names, said):
     make(tmp_path / "faces", names)
     with pytest.raises(UserError, match=said):
