@@ -231,7 +231,8 @@ def labels_of(samples: Samples, model: S4D) -> np.ndarray:
     missing = [name for name, place in zip(samples.classes, numbers) if place is None]
     if missing or not numbers:
         theirs = ", ".join(classes) or f"it was trained without {m}s"
-        raise UserError(f"{samples.name} has the {m} classes {missing}, the model has not: {theirs}")
+        raise UserError(f"{samples.name} has the {m} classes {missing}, which the model has not. "
+                        f"Its classes: {theirs}")
     return np.array(numbers)[samples.labels]
 
 

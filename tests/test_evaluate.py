@@ -230,7 +230,7 @@ def test_data_may_have_fewer_classes_than_the_model(faces, monkeypatch):
     scores, _ = evaluate.evaluate(model, samples, CPU, 0)
     assert scores["recall"] == [1, 0.5, None, None, None, None, 1] and scores["war"] == 0.8
     assert np.array(scores["confusion"]).shape == (7, 7)
-    with pytest.raises(UserError, match="classes \\['bored'\\], the model has not: happy, sad"):
+    with pytest.raises(UserError, match="classes \\['bored'\\], which the model has not. Its classes: happy, sad"):
         evaluate.evaluate(model, replace(samples, classes=("sad", "happy", "bored")), CPU, 0)
     with pytest.raises(UserError, match="trained without videos"):
         evaluate.evaluate(S4D("tiny", IMAGE_CLASSES, []), samples, CPU, 0)
