@@ -270,7 +270,9 @@ def split(name: str, data_root: Path, share: float, person: str | None, output: 
     for path in files:
         if path.exists():
             raise UserError(f"{path} is there already: give another --output")
-    for path, part in zip(files, hold_out(samples, share, seed)):
+    parts = hold_out(samples, share, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    for path, part in zip(files, parts):
         counts = ", ".join(f"{count} {word}" for word, count in zip(classes, part.counts()))
         people = "" if part.people is None else f" of {len(np.unique(part.people))} people"
         with whole_file(path, "w", encoding="utf-8", newline="") as file:

@@ -166,7 +166,6 @@ def test_a_folder_by_class_is_split_with_people_apart(tmp_path):
     assert train.classes == ("happy", "sad, very") and train.modality == "image"
     assert {name.split(b"/")[-1].split(b"_")[0] for name in test.names.tolist()} == set(test.people.tolist())
     run_here(tmp_path, "tests/check.py", "--dataset", "train.csv,test.csv")
-    (tmp_path / "out").mkdir()
     text = run_here(tmp_path, "tests/check.py", "train.csv", "--split", "0.5", "--output", "out")  # one's own list
     assert "train.csv: 8 samples of 4 people" in text or "train.csv: 6 samples of 3 people" in text
     assert "1: " not in run_here(tmp_path, "tests/check.py", "out/train.csv,out/test.csv")
