@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import (MODULES, RELEASED_NAMES, S4D, UserError, initialise,  # noqa: E402
                    read_checkpoint, rebuild, released, sincos_table, size_of, whole_file)
+from pretrain import guarded  # noqa: E402
 
 EMBEDDINGS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
 NAMES = (                               # in transformers' VideoMAE, in a layer's order, and ours
@@ -270,12 +271,8 @@ def main() -> None:
     p.add_argument("--trust", action="store_true", help="read pickled objects too, which runs "
                    "whatever code the file brings: only for a file whose author you trust")
     args = p.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")     # class names that cannot be shown
-    try:
-        convert(args.source, args.target, args.key, args.trust)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    convert(args.source, args.target, args.key, args.trust)
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

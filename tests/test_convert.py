@@ -2,7 +2,9 @@
 import argparse
 import json
 import os
+import runpy
 import struct
+import sys
 
 import convert
 import pytest
@@ -73,6 +75,14 @@ def test_out_and_in_again_is_the_same_function_to_the_last_bit(tmp_path, setting
     if middle == "out.pt":
         released_names = torch.load(tmp_path / middle, weights_only=True)["model"].keys()
         assert released_names == source.state_dict().keys()
+
+
+def test_a_terminal_that_is_closed_is_no_error(tmp_path, monkeypatch):
+    torch.save(described(MaskedAutoencoder("tiny")), tmp_path / "last.pt")
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "last.pt"), str(tmp_path / "out.pt")])
+    monkeypatch.setattr(sys, "stdout", None)
+    runpy.run_path(convert.__file__, run_name="__main__")
+    assert read_checkpoint(tmp_path / "out.pt")["stage"] == "pretrain"
 
 
 def test_the_input_is_never_written_over(tmp_path):
