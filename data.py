@@ -550,10 +550,10 @@ def dataset_name(modality: str | None = None, labelled: bool = False, others: tu
         except (UserError, OSError) as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         if modality not in (None, dataset.modality) or labelled and not dataset.classes:
-            labels = "with" if dataset.classes else "without"
+            labels = "with labels" if dataset.classes else "without labels"
             wanted = [f"{modality}s{' with labels' if labelled else ''}", *others]
-            raise argparse.ArgumentTypeError(f"{name} holds {dataset.modality}s {labels} labels: "
-                                             f"expected {' or '.join(wanted)}")
+            raise argparse.ArgumentTypeError(f"{name} holds {dataset.modality}s {labels}: expected "
+                                             f"{' or '.join(wanted)}")
         return dataset.name
     return check
 

@@ -23,7 +23,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -279,8 +279,8 @@ def main() -> None:
     args = p.parse_args()
     if args.folds and (args.media or args.fold or not args.dataset):
         p.error("--folds expects --dataset, and neither FILE nor --fold")
-    if args.crop and not args.media:
-        p.error("--crop cuts the face out of FILE, which is missing")
+    if args.crop and not (args.media or args.dataset):
+        p.error("--crop cuts the face out of FILE or of --dataset's clips: both are missing")
     # Results of last.pt and best.pt, of folds and of own media stay apart
     file = args.checkpoint or args.folds[0]
     part = "folds" if args.folds else "media" if args.media else ""
@@ -320,7 +320,8 @@ def settings() -> argparse.ArgumentParser:
     add("--report", type=path, metavar="FOLDER", help="for report.html, figures and scores")
     add("--dataset", type=dataset_name(), help="data set to test on (those of training)")
     add("--fold", type=number(int, 1), help="its fold (the checkpoint's)")
-    add("--crop", type=box, metavar="X,Y,W,H", help="the face in FILE, in pixels (all of it)")
+    add("--crop", type=box, metavar="X,Y,W,H", help="the face in FILE or in clips of --dataset, in "
+        "pixels (all of it; of a run's own test clips what training had)")
     add("--baseline", type=path, metavar="CHECKPOINT", help="its attention is shown beside (Fig. 6)")
     add("--data-root", type=path, default=Path("data"), help="folder of all data sets")
     add("--workers", type=number(int, 0), default=default_workers(), help="loading processes each")
@@ -389,6 +390,12 @@ def load_tests(run: Run, file: Path, checkpoint: dict) -> list[Samples]:
         samples = load_samples(name, run.args.data_root, split, fold, stride)
         found = samples.fingerprint()
         recorded = identity.get(f"test {samples.modality}", found)
+        if samples.modality == "video":
+            trained = name in trained_on or identity.get("test video") == found
+            crop = run.args.crop or (identity.get("crop") if trained else None)
+            # One's own clips are sampled at the step in time that the training clips had
+            rate = samples.rate and identity.get("video rate", samples.rate)
+            samples = replace(samples, box=crop, rate=rate)
         if same and recorded != found:
             text = (f"not the test samples of training, {file} may have seen them: {found}; "
                     f"recorded: {recorded}")

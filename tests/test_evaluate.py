@@ -357,6 +357,16 @@ def test_own_lists_and_a_head_without_names_which_serves_only_a_set_of_the_catal
         assert len(read_csv(own / f"out/predictions-{kind}.csv")) == count
 
 
+def test_the_same_clips_score_the_same_as_ones_own_list(own, faces):
+    """At the step in time of training, whichever rate the training clips had."""
+    save(own / "drawn/best.pt", **{"video stride": 2, "video rate": 12.0})
+    command = ("evaluate.py", "--checkpoint", "drawn/best.pt", "--data-root", faces, "--report", "drawn", "--dataset")
+    run_here(own, *command, "synthetic")
+    run_here(own, *command, f"{own}/clips/train.csv,{own}/clips/test.csv")
+    ours, theirs = (read_csv(own / f"drawn/predictions-{name}.csv") for name in ("videos-train", "synthetic"))
+    assert [list(row.values())[1:] for row in ours] == [list(row.values())[1:] for row in theirs]
+
+
 def test_two_processes_write_the_report_of_one(runs, faces):
     started = []
     for processes in (1, 2):
@@ -497,6 +507,17 @@ def test_own_media_are_cut_out(runs, faces, tmp_path):
     assert a == b
     text = run_here(tmp_path, *command, "--crop", f"{width - 9},0,10,20", photo, status=1)
     assert f"{photo}, {width} x {height} pixels, does not hold --crop" in text
+
+
+def test_test_clips_are_cut_as_in_training(faces, tmp_path):
+    """With --crop of training on its own test data; elsewhere, evaluate.py's own --crop does it."""
+    save(tmp_path / "cut.pt", crop=(4, 0, 40, 48), image_dataset="none")
+    save(tmp_path / "whole.pt", image_dataset="none")
+    found = []
+    for file, *more in (["cut"], ["whole", "--dataset", "synthetic", "--crop", "4,0,40,48"], ["whole"]):
+        run_here(tmp_path, "evaluate.py", "--checkpoint", f"{file}.pt", "--data-root", faces, *more, "--report", "out")
+        found.append(read_csv(tmp_path / "out/predictions-synthetic.csv"))
+    assert found[0] == found[1] != found[2]
 
 
 def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, own, faces, tmp_path):
