@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from glob import iglob
-from itertools import product
+from itertools import pairwise, product
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -520,17 +520,31 @@ OWN_DATA_RATE = 25.0
 
 def catalogue(name: str) -> DataSet:
     """The data set of that name, or one's own: "train.csv,test.csv", "train.csv", or a folder of
-    folders by class. UserError if there is none."""
+    folders by class. UserError if there is none, or if it holds images and clips, or two classes
+    that differ in capitals alone."""
     if name in CATALOGUE:
         return CATALOGUE[name]
     lists = own_lists(name)
     name = os.path.abspath(name) if os.path.isdir(name) else ",".join(map(str, lists))
-    paths = []
-    for path in lists:
-        folder, rows = own_rows(path)
-        paths += [folder / row.name for row in rows]
-    classes = class_names(lists[0], own_rows(lists[0])[1])
-    return DataSet(name, modality_of(paths), classes, "", lists, stride=OWN_DATA_STRIDE,
+    rows_of = [own_rows(path) for path in lists]
+    classes = sorted({row.label for row in rows_of[0][1]} - {""})
+    for label, other in pairwise(sorted(classes, key=str.casefold)):
+        if label.casefold() == other.casefold():
+            raise UserError(f"{lists[0]}: {label!r} and {other!r} look like one class: write them "
+                            "the same way")
+    # The first file with each suffix tells, by its content or, if it is not there, by the suffix.
+    first = {}
+    for folder, rows in rows_of:
+        for row in rows:
+            first.setdefault(posixpath.splitext(row.name)[1].lower(), folder / row.name)
+    found = {}
+    for suffix, path in first.items():
+        clip = is_clip(path) if path.exists() else suffix not in IMAGE_SUFFIXES
+        found["video" if clip else "image"] = path
+    if len(found) > 1:
+        raise UserError(f"one data set has images ({found['image']}) and clips "
+                        f"({found['video']}): make two of it")
+    return DataSet(name, next(iter(found)), tuple(classes), "", lists, stride=OWN_DATA_STRIDE,
                    rate=OWN_DATA_RATE)
 
 
@@ -619,7 +633,7 @@ def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
             notes.append(f"nor in {folder}")
             folder = Path(data_root)
             files, there = locate(folder, [row.name for row in rows], dataset.modality)
-        if modality_of([folder / file for file in files]) != dataset.modality:
+        if there[0] and is_clip(folder / files[0]) != (dataset.modality == "video"):
             raise UserError(f"{path} lists no {dataset.modality}s, as the names say: put it beside "
                             "them, or write absolute paths")
     names = np.array([os.fsencode(file) for file in files])
@@ -659,28 +673,23 @@ def first_label(dataset: DataSet, data_root: Path) -> int:
 
 
 def listed_videos(folder: Path, path: Path) -> tuple[np.ndarray, str]:
-    """Names (n,) of VoxCeleb2's videos, and a note. A million are listed once, in the file `path`,
-    which is written whole, if one may write there."""
+    """Names (n,) of VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted, and a note. A million are listed
+    once, in the file `path`, if one may write there. UserError if there are none."""
     if path.is_file() and path.stat().st_size:
         names = path.read_bytes().splitlines()
         note = f"{path}: {len(names)} files, as listed then (delete it to list anew)"
         return np.array(names), note
-    names = list_videos(folder)
-    part = path.with_name(f"files.{os.getpid()}.part")      # several processes may do this at once
-    with suppress(OSError):
-        part.write_bytes(b"\n".join(names))
-        os.replace(part, path)
-    return np.array(names), f"{folder}: {len(names)} files listed now"
-
-
-def list_videos(folder: Path) -> list[bytes]:
-    """VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted. UserError if there are none."""
     names = []
     for name in tqdm(iglob("id*/*/*.mp4", root_dir=folder), f"listing {folder}", unit=" videos"):
         names.append(os.fsencode(name.replace(os.sep, "/")))
     if not names:
         raise UserError(f"{folder} holds no file id*/*/*.mp4")
-    return sorted(names)
+    names.sort()
+    part = path.with_name(f"files.{os.getpid()}.part")      # several processes may do this at once
+    with suppress(OSError):
+        part.write_bytes(b"\n".join(names))
+        os.replace(part, path)
+    return np.array(names), f"{folder}: {len(names)} files listed now"
 
 
 # ----------------------------------------------------------------------------- one's own data sets
@@ -735,34 +744,6 @@ def visible(folder: Path) -> list[str]:
     hidden = ("thumbs.db", "desktop.ini", "__macosx")
     names = [name for name in os.listdir(folder) if name.lower() not in hidden]
     return sorted((name for name in names if not name.startswith(".")), key=natural)
-
-
-def class_names(path: Path, rows: list["Row"]) -> tuple[str, ...]:
-    """The labels that occur, sorted. UserError for two that differ in capitals alone."""
-    names = sorted({row.label for row in rows} - {""})
-    first = {}
-    for name in names:
-        other = first.setdefault(name.casefold(), name)
-        if other != name:
-            raise UserError(f"{path}: {other!r} and {name!r} look like one class: write them the "
-                            "same way")
-    return tuple(names)
-
-
-def modality_of(paths: list[Path]) -> str:
-    """"image" or "video", what all of the files are: the first with each suffix tells, by its
-    content or, if it is not there, by the suffix. UserError if they differ."""
-    first = {}
-    for path in paths:
-        first.setdefault(path.suffix.lower(), path)
-    found = {}
-    for suffix, path in first.items():
-        clip = is_clip(path) if path.exists() else suffix not in IMAGE_SUFFIXES
-        found["video" if clip else "image"] = path
-    if len(found) > 1:
-        raise UserError(f"one data set has images ({found['image']}) and clips "
-                        f"({found['video']}): make two of it")
-    return next(iter(found))
 
 
 # ------------------------------------------------------------------------------------------ lists

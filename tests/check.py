@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import (CATALOGUE, Samples, Schedule, Source, TrainingData, boxed, catalogue, dataset_name,  # noqa: E402
-                  find_samples, hold_out, list_videos, load_samples, loader, overlap, read_clip, read_image, resampled,
+                  find_samples, hold_out, load_samples, loader, overlap, read_clip, read_image, resampled,
                   shortened, test_frames)
 from model import MASK_RATIO, SIZES, UserError, random_mask, whole_file  # noqa: E402
 from pretrain import TINY, box, guarded, number, path  # noqa: E402
@@ -186,12 +186,6 @@ def check(name: str, data_root: Path, fold: int | None = None, stride: int | Non
     for samples, present in found.values():
         there.update((os.fsencode(samples.path(i)), present[i]) for i in range(len(samples)))
     one = found[folds[0], "train"][0]
-    if name in CATALOGUE and not dataset.classes:
-        now, path = np.array(list_videos(one.root)), one.root / "files.txt"
-        gone, unlisted = np.setdiff1d(one.names, now), np.setdiff1d(now, one.names)
-        if len(unlisted) or len(gone):
-            wrong.append(f"{path} is out of date, {len(unlisted)} files are not in it and {len(gone)} of it are gone: "
-                         f"delete {path} to list anew")
     everything = replace(one, root=Path(), names=np.array([path for path in there if there[path]]), box=box)
     table, errors = inspect(everything)
     stride_of = f", stride {one.stride}" if dataset.modality == "video" else ""
