@@ -59,8 +59,7 @@ def metrics(confusion: np.ndarray) -> dict:
     """UAR, WAR, their 95 % intervals, recalls, F1 and the majority-class baseline, as fractions.
 
     A class without samples has no recall (None) and is left out of UAR; one that is not predicted
-    either is left out of the macro F1. Intervals are percentiles of 2,000 bootstrap samples.
-    """
+    either is left out of the macro F1. Intervals are percentiles of 2,000 bootstrap samples."""
     total = int(confusion.sum())
     if not total:
         raise UserError("no samples to evaluate: UAR and WAR are undefined")
@@ -220,7 +219,11 @@ def class_numbers(classes: list[str], theirs: list[str]) -> list[int | None]:
     """The place in `theirs` of each of the classes, by name; None where there is none."""
     places = {SAME_CLASS.get(name, name): i for i, name in enumerate(theirs)}
     places |= {name: i for i, name in enumerate(theirs)}
-    return [places.get(name, places.get(SAME_CLASS.get(name, name))) for name in classes]
+    found = []
+    for name in classes:
+        other = SAME_CLASS.get(name, name)
+        found.append(places.get(name, places.get(other)))
+    return found
 
 
 def labels_of(samples: Samples, model: S4D) -> np.ndarray:
@@ -858,8 +861,10 @@ def picture(frame: torch.Tensor, x: float, y: float, side: int) -> str:
 
 def svg(width: float, height: float, parts: list[str]) -> str:
     """A drawing in the page's colours, which does not shrink beyond what can be read."""
-    return tag("svg", "".join(parts), xmlns="http://www.w3.org/2000/svg", width=width,
-               viewBox=f"0 0 {width:.0f} {height:.0f}", style=f"min-width:{0.7 * width:.0f}px",
+    return tag("svg", "".join(parts), xmlns="http://www.w3.org/2000/svg",
+               viewBox=f"0 0 {width:.0f} {height:.0f}",
+               width=width,
+               style=f"min-width:{0.7 * width:.0f}px",
                font_family="sans-serif", font_size=13, fill="currentColor")
 
 
@@ -878,13 +883,18 @@ def grid(rows: list[list], high: float = 1.0) -> str:
     left = 16 + max(text_width(name) for name in [corner, *(row[0] for row in rows)])
     # Names of columns that are wider than these are turned, and need room above
     longest = max(map(text_width, columns))
-    angle, anchor, top = 0, "middle", 24
+    angle = 0
+    anchor = "middle"
+    top = 24
     if longest > width:
-        angle, anchor, top = -40, "start", 24 + 0.65 * longest
+        angle = -40
+        anchor = "start"
+        top += 0.65 * longest
     parts = [text(left - 8, top - 8, corner, "end")]
     for j, name in enumerate(columns):
-        x, y = left + width * (j + 0.5), top - 8
-        parts.append(text(x, y, name, anchor, transform=f"rotate({angle} {x} {y})"))
+        x = left + width * (j + 0.5)
+        turn = f"rotate({angle} {x} {top - 8})"
+        parts.append(text(x, top - 8, name, anchor, transform=turn))
     for i, (name, *cells) in enumerate(rows):
         y = top + height * i
         parts.append(text(left - 8, y + height / 2 + 5, name, "end"))
@@ -916,16 +926,19 @@ def line_chart(rows: list[list], y_name: str, top: int | None = None, mark: int 
     """
     (x_name, *names), *rows = rows
     xs, *lines = np.array(rows, float).T
-    low, high = math.floor(xs[0]), math.ceil(xs[-1])
-    high = max(high, low + 1)
+    low = math.floor(xs[0])
+    high = max(low + 1, math.ceil(xs[-1]))
     top = top or max(1, math.ceil(np.nanmax(lines)))
-    left, right, upper, lower = 52, 372, 16, 216
+    left, right = 52, 372                   # pixels
+    upper, lower = 16, 216
     across = np.interp(xs, (low, high), (left, right))
     heights = np.interp(lines, (0, top), (lower, upper))
     # The axes
     parts = [text(212, lower + 38, x_name)]
     parts.append(text(14, 116, y_name, transform="rotate(-90 14 116)"))
-    ticks = (0, 0.25, 0.5, 0.75, 1) if top == 1 else range(0, top + 1, math.ceil(top / 8))
+    ticks = range(0, top + 1, math.ceil(top / 8))
+    if top == 1:
+        ticks = (0, 0.25, 0.5, 0.75, 1)
     for tick, y in zip(ticks, np.interp(ticks, (0, top), (lower, upper))):
         parts.append(tag("path", d=f"M{left} {y}H{right}", stroke="currentColor", opacity=0.2))
         parts.append(text(left - 8, y + 4, tick, "end"))
@@ -937,7 +950,10 @@ def line_chart(rows: list[list], y_name: str, top: int | None = None, mark: int 
         parts.append(tag("path", d=f"M{across[mark]} {upper}V{lower}", **dashed))
     # The first line is drawn last, on top of the others
     for i in reversed(range(len(names))):
-        points = [f"{x:.1f} {y:.1f}" for x, y in zip(across, heights[i]) if not np.isnan(y)]
+        points = []
+        for x, y in zip(across, heights[i]):
+            if not np.isnan(y):
+                points.append(f"{x:.1f} {y:.1f}")
         style = dict(stroke=COLOURS[i % len(COLOURS)], stroke_width=2)
         if widths:
             style = dict(stroke=COLOURS[i] if i < 2 else "#999", stroke_width=widths[i])
@@ -1040,9 +1056,9 @@ TEXTS = {  # of each kind of figure: what it shows, how to read it, what the pap
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 sans-serif; max-width: 62rem; margin: auto; padding: 1rem }
-main { display: flex; flex-wrap: wrap; gap: 0 2rem }
-main > * { flex: 1 1 100%; min-width: 0; overflow-wrap: anywhere }
-main > [id^=training], main > [id^=paths] { flex-basis: 26rem }
+main { display: flex; flex-wrap: wrap; gap: 0 2rem; overflow-wrap: anywhere }
+main > * { flex: 1 1 100%; min-width: 0 }
+[id^=training], [id^=paths] { flex-basis: 26rem !important }
 .scroll { overflow-x: auto }
 svg { display: block; height: auto; max-width: 100% }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
