@@ -39,7 +39,7 @@ from data import (CATALOGUE, Samples, TestData, boxed, catalogue, dataset_name, 
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, MaskedAutoencoder, Size, UserError,
                    at_least_fp32, channel_values, has_names, normalised_target, patchify,
                    read_checkpoint, rebuild, whole_file)
-from pretrain import Formatter, Process, box, default_workers, guarded, number, path, start
+from pretrain import Formatter, Parser, Process, box, default_workers, guarded, number, path, start
 
 # ------------------------------------------------------------------------ counting: Tables II to IX
 
@@ -311,7 +311,7 @@ def main() -> None:
 
 
 def settings() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    p = Parser(description=__doc__, formatter_class=Formatter)
     models = p.add_mutually_exclusive_group(required=True)
     models.add_argument("--checkpoint", type=path,
                         help="of finetune.py; with --report also of pretrain.py")

@@ -319,7 +319,7 @@ def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
     """The settings that both stages have under the same names and with the same defaults."""
     changed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in tiny.items())
     epilog = f"With --size tiny the defaults are {changed}.\nEvery row of the paper: tests/paper.md"
-    p = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=Formatter)
+    p = Parser(description=description, epilog=epilog, formatter_class=Formatter)
     add = p.add_argument
     add("--data-root", type=path, default=Path("data"), help="folder of all data sets")
     add("--fold", type=count, default=1, help="cross-validation fold, counted from 1")
@@ -339,6 +339,14 @@ def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue from the run's last.pt, if there is one")
     add("--save-minutes", type=positive, default=10, help="time between checkpoints in an epoch")
     return p
+
+
+class Parser(argparse.ArgumentParser):
+    """What it refuses stands last under torchrun, too."""
+
+    def error(self, message: str):
+        tell_torchrun(message)
+        super().error(message)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -600,17 +608,22 @@ def guarded(main) -> None:
 
 
 def fail(message: str) -> None:
-    """End with a line and exit status 1. torchrun prints last what it finds in a file of its own:
-    of several processes' what has the earliest second, so a cause stands before what it causes."""
+    """End with a line and exit status 1."""
     if message.startswith("Caught "):       # in a loading process, whose traceback it ends
         message = message.rsplit("Error: ", 1)[-1]
     message = message.strip().replace("\n", "; ")
+    tell_torchrun(message)
+    sys.exit(f"error: {message}")
+
+
+def tell_torchrun(message: str) -> None:
+    """torchrun prints last what it finds in a file of its own: of several processes' what has the
+    earliest second, so a cause stands before what it causes."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         extra = dict(timestamp=int(time.time()) - 1)
         contents = dict(message=dict(message=message, extraInfo=extra))
         Path(file).write_text(json.dumps(contents), encoding="utf-8")
-    sys.exit(f"error: {message}")
 
 
 # ------------------------------------------------------------------------------ the run's folder

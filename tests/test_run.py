@@ -214,10 +214,13 @@ def test_validation_data_can_choose_the_best_epoch(runs, faces):
     (2, ["pretrain.py", "--image-mask-ratio", 1.5], "argument --image-mask-ratio: 1.5: expected 0 to 1"),
     (1, ["evaluate.py", "--checkpoint", "lost.pt"], "there is no checkpoint lost.pt"),
 ])
-def test_wrong_commands_end_in_one_message(tmp_path, faces, status, arguments, expected):
+def test_wrong_commands_end_in_one_message(tmp_path, faces, monkeypatch, status, arguments, expected):
+    """Which under torchrun is what it finds in a file."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     if "synthetic" in arguments:
         arguments = [*arguments, "--data-root", faces]
     assert expected in run_here(tmp_path, *arguments, status=status)
+    assert expected in json.loads((tmp_path / "error.json").read_text(encoding="utf-8"))["message"]["message"]
 
 
 def test_a_stage_1_checkpoint_is_not_evaluated(runs, faces):
