@@ -233,9 +233,9 @@ def labels_of(samples: Samples, model: S4D) -> np.ndarray:
     numbers = class_numbers(samples.classes, classes)
     missing = [name for name, place in zip(samples.classes, numbers) if place is None]
     if missing or not numbers:
-        theirs = ", ".join(classes) or f"it was trained without {m}s"
+        theirs = f"Its classes: {', '.join(classes)}" if classes else f"It was trained without {m}s"
         raise UserError(f"{samples.name} has the {m} classes {missing}, which the model has not. "
-                        f"Its classes: {theirs}")
+                        f"{theirs}")
     return np.array(numbers)[samples.labels]
 
 
