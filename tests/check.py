@@ -77,7 +77,7 @@ def list_digest(names: list[str], labels: np.ndarray) -> str:
 # ------------------------------------------------------------------------------------------------------------ check
 
 class Inspection(torch.utils.data.Dataset):
-    """Reads samples as evaluation does: data[i] -> (i, frames, height, width, error or "")."""
+    """Reads samples as evaluation does: data[i] -> (i, frames, height, width, sizes of frames, error or "")."""
 
     def __init__(self, samples: Samples):
         self.samples = samples
@@ -102,14 +102,14 @@ class Inspection(torch.utils.data.Dataset):
                 measured(read_image(path))
             else:
                 read_clip(path, which_frames, measured)
-            return index, counts[0], *sizes[0], ""
+            return index, counts[0], *sizes[0], len(set(sizes)), ""
         except UserError as error:
-            return index, 0, 0, 0, str(error)
+            return index, 0, 0, 0, 0, str(error)
 
 
 def inspect(samples: Samples) -> tuple[np.ndarray, list[str]]:
-    """Read all samples on all cores. Returns columns frames, height, width (n, 3); and errors."""
-    table, errors = np.zeros((len(samples), 3), np.int64), []
+    """Read all samples on all cores. Returns columns frames, height, width, sizes (n, 4); and errors."""
+    table, errors = np.zeros((len(samples), 4), np.int64), []
     batches = loader(Inspection(samples), os.cpu_count() or 1, batch_size=None, sampler=range(len(samples)))
     for i, *row, error in tqdm(batches, desc=f"reading {samples.name}"):
         table[i] = row
@@ -161,7 +161,7 @@ def check_sizes(samples: Samples, table: np.ndarray) -> list[str]:
     table = table[table[:, 0] > 0]
     if not len(table):
         return []
-    shapes = Counter(map(tuple, table[:, 1:].tolist()))
+    shapes = Counter(map(tuple, table[:, 1:3].tolist()))
     shown = [f"{h} x {w} ({times:,})" for (h, w), times in shapes.most_common(5)]
     if len(shapes) > 5:
         shown.append(f"{len(shapes) - 5} others")
@@ -188,6 +188,9 @@ def check(name: str, data_root: Path, fold: int | None = None, stride: int | Non
     one = found[folds[0], "train"][0]
     everything = replace(one, root=Path(), names=np.array([path for path in there if there[path]]), box=box)
     table, errors = inspect(everything)
+    mixed = everything.names[table[:, 3] > 1]
+    if len(mixed):
+        print(f"clips whose frames have different sizes, which are resized like all: {shortened(mixed)}")
     stride_of = f", stride {one.stride}" if dataset.modality == "video" else ""
     print(f"{name}: {len(there):,} {dataset.modality}s in {one.root}{stride_of}")
     for f in folds:

@@ -138,6 +138,15 @@ def test_the_sheet_holds_the_pixels_of_the_loader(faces, tmp_path):
     assert "no/a.png" in text and "cannot be written" in text
 
 
+def test_a_clip_whose_frames_differ_in_size_is_named(tmp_path):
+    for clip, widths in (("even", (40, 40)), ("odd", (40, 50))):
+        (tmp_path / f"faces/happy/{clip}").mkdir(parents=True)
+        for i, width in enumerate(10 * widths[:1] + 10 * widths[1:]):
+            Image.new("L", (width, 40)).save(tmp_path / f"faces/happy/{clip}/{i}.png")
+    text = run_here(tmp_path, "tests/check.py", "faces")
+    assert "different sizes, which are resized like all: 1: " in text and "faces/happy/odd" in text
+
+
 def test_a_folder_by_class_is_split_with_people_apart(tmp_path):
     for person in range(10):
         for label in ("happy", "sad, very"):
