@@ -72,13 +72,13 @@ class Samples:
 
     def fingerprint(self) -> str:
         """What a checkpoint says of its data: the same names and labels in the same order give the
-        same text, whatever folder all of them lie in."""
+        same text, whatever they are called and wherever they lie."""
         names = self.names.tolist()
         common = os.path.commonprefix(names).rfind(b"/") + 1
         lines = [b"%s,%d" % (name[common:], label) for name, label in zip(names, self.labels)]
         digest = hashlib.blake2b(b"\n".join(lines), digest_size=8).hexdigest()
-        return (f"{short_name(self.name)}, fold {self.fold}, stride {self.stride}: "
-                f"{len(names)} samples, fingerprint {digest}")
+        return (f"fold {self.fold}, stride {self.stride}: {len(names)} samples, fingerprint "
+                f"{digest}")
 
 
 # ------------------------------------------------------------------------ which frames of a video
@@ -549,7 +549,7 @@ def catalogue(name: str) -> DataSet:
 
 
 def short_name(name: str) -> str:
-    """Its name for folders and fingerprints: of one's own data, the training list's or folder's."""
+    """Its name for folders: of one's own data, the training list's or folder's."""
     return Path(re.split(NEXT_LIST, name)[0]).name.removesuffix(".csv")
 
 

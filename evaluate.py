@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -288,7 +289,11 @@ def main() -> None:
     file = args.checkpoint or args.folds[0]
     part = "folds" if args.folds else "media" if args.media else ""
     folder = args.report or file.with_suffix("") / part
-    folder.mkdir(parents=True, exist_ok=True)   # where that cannot be is said before any work
+    try:                                    # before any work
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to, give --report: {error}") from error
     checkpoint = read_checkpoint(file)
     checkpoint.pop("optimizer", None)       # its moments are twice as large as the weights
     size = checkpoint["architecture"].get("size", "base")

@@ -294,7 +294,7 @@ def test_lists_may_lie_elsewhere_than_the_clips(tmp_path):
         samples = load_samples(str(path), tmp_path / "data", "train")
         assert [os.path.realpath(samples.path(i)) for i in range(2)] == [f"{tmp_path}/data/clips/{i}" for i in (1, 2)]
         fingerprints.append(samples.fingerprint())
-    assert len(set(fingerprints)) == 1 and fingerprints[0].startswith("train, fold 1, stride 4: 2 samples, finger")
+    assert len(set(fingerprints)) == 1 and fingerprints[0].startswith("fold 1, stride 4: 2 samples, finger")
     path.write_text("path,label\nclips/1,a\nclips/3,b\n")
     message = error_of(str(path), tmp_path / "data")
     assert f"not there in {tmp_path}/data: 1: clips/3" in message and f"nor in {tmp_path}/lists" in message

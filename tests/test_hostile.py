@@ -51,7 +51,9 @@ def test_one_list_under_two_names_is_one_run(tmp_path):
         assert "resumed from" in run_here(folder, "pretrain.py", *IMAGES, "--image-dataset", name, *output)
     write_list(tmp_path / "other.csv", write_images(tmp_path, 7))
     text = run_here(tmp_path, "pretrain.py", *IMAGES, "--image-dataset", "other.csv", *output, status=1)
-    assert "train image was train, " in one_line(text) and "now other, " in text
+    assert "train image was fold 1, stride 1: 8 samples, " in text and "now fold 1, stride 1: 7 samples, " in text
+    (tmp_path / "train.csv").rename(tmp_path / "renamed.csv")               # a run is its contents
+    assert "resumed from" in run_here(tmp_path, "pretrain.py", *IMAGES, "--image-dataset", "renamed.csv", *output)
 
 
 def test_a_pipe_among_the_samples_is_refused(tmp_path):

@@ -140,7 +140,7 @@ def test_a_checkpoint_says_where_it_comes_from(run, faces):
     (["--stride", 1], "video stride was 2, now 1"),
     (["--crop", "0,0,40,48"], r"crop was None, now \(0, 0, 40, 48\)"),
     (["--precision", "bf16"], "precision was fp32, now bf16"),
-    (["--image-dataset", "none"], "train image was synthetic-images, .* now None"),
+    (["--image-dataset", "none"], "train image was fold 1, .* now None"),
 ])
 def test_other_settings_are_refused(run, faces, more, said):
     with pytest.raises(UserError, match=said):
