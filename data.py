@@ -930,13 +930,18 @@ def frames_in(image: Image.Image) -> int:
 
 def is_clip(path: Path) -> bool:
     """Whether a path is a clip (a folder of frames, an animation, a video), not an image: its
-    content tells. What is no picture goes by its name. UserError as of `open_picture`."""
+    content tells. What is no picture is a video, but for a damaged one that is named as a picture.
+    UserError as of `open_picture`."""
     if os.path.isdir(path):
         return True
     with open_picture(path) as image:
         if image is not None:
             return frames_in(image) > 1
-    return not os.fspath(path).lower().endswith(IMAGE_SUFFIXES)
+    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
+        return True
+    with suppress(UserError):               # FFmpeg takes a damaged picture for one frame
+        return video_length(path)[0] > 1
+    return False
 
 
 def read_clip(path: Path, which_frames: Callable, transform: Callable | None = None,

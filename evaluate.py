@@ -516,7 +516,7 @@ def show_media(run: Run, checkpoint_file: Path, checkpoint: dict) -> None:
         if m == "video":
             video_length(file)              # counted, not decoded: a broken file is found in time
     transform = resize = v2.Resize((model.size.pixels, model.size.pixels), antialias=True)
-    for file, m in tqdm(kinds.items(), leave=False, disable=not run.process.main):
+    for file, m in kinds.items():
         if run.args.crop:
             transform = v2.Compose([partial(boxed, box=run.args.crop, path=file), resize])
         if m == "video":
@@ -554,7 +554,9 @@ def read_whole(size: Size, checkpoint: dict, file: Path, transform) -> tuple:
     n, own_rate = video_length(file)
     choose = partial(covering_frames, frames=size.frames, stride=stride)
     frames = resampled(choose, n, own_rate or 25.0, rate)
-    views = read_clip(file, lambda *_: frames, transform).unflatten(0, (-1, size.frames))
+    with tqdm(desc=f"decoding {file.name}", unit=" frames", leave=False, disable=None) as bar:
+        views = read_clip(file, lambda *_: frames, transform, lambda done: bar.update(done - bar.n))
+    views = views.unflatten(0, (-1, size.frames))
     seconds = n / (own_rate or 25.0)
     middles = np.reshape(frames, (-1, size.frames))[:, size.frames // 2] * seconds / n
     note = (f", the mean over {len(views)} clips of {size.frames * stride / rate:.1f} seconds, "

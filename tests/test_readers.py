@@ -450,3 +450,4 @@ def test_unreadable_files_are_named(tmp_path):
         is_clip(tmp_path / "gone.mp4")
     kinds = {"text.jpg": False, "empty.jpg": False, "page.mp4": True}
     assert {name: is_clip(tmp_path / name) for name in kinds} == kinds
+    assert is_clip(write_video(tmp_path / "clip.mp4", grey_frames(4)).rename(tmp_path / "clip.jpg"))
