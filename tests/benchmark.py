@@ -345,13 +345,13 @@ def listing(folder: str) -> None:
 
 
 def benchmark_processes() -> None:
-    """The real command at one effective batch; the second epoch, in which nothing starts up."""
+    """The real command at one batch of two micro-batches; the second epoch, in which nothing starts up."""
     with tempfile.TemporaryDirectory() as folder:
-        write_faces(Path(folder, "data/synthetic"), scale=0.5)
+        write_faces(Path(folder, "data/synthetic"), scale=0.1)
         for processes in (1, 2):
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            command = [ROOT / "pretrain.py", "--dataset", "synthetic", "--epochs", "2", "--output", str(processes)]
-            subprocess.run([*launcher, *command], cwd=folder, check=True, capture_output=True)
+            options = ["--dataset", "synthetic", "--epochs", "2", "--micro-batch", "8", "--output", f"{processes}"]
+            subprocess.run([*launcher, ROOT / "pretrain.py", *options], cwd=folder, check=True, capture_output=True)
             _, epoch = Path(folder, f"{processes}/log.jsonl").read_text(encoding="utf-8").splitlines()
             print(f"an epoch of pretrain.py, size tiny, {processes} processes: {json.loads(epoch)['seconds']} s")
 
