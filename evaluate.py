@@ -40,7 +40,7 @@ from data import (CATALOGUE, Samples, TestData, boxed, catalogue, dataset_name, 
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, MaskedAutoencoder, Size, UserError,
                    at_least_fp32, channel_values, has_names, normalised_target, patchify,
                    read_checkpoint, rebuild, whole_file)
-from pretrain import Formatter, Parser, Process, box, default_workers, guarded, number, path, start
+from pretrain import Formatter, Process, box, default_workers, guarded, number, start
 
 # ------------------------------------------------------------------------ counting: Tables II to IX
 
@@ -316,22 +316,22 @@ def main() -> None:
 
 
 def settings() -> argparse.ArgumentParser:
-    p = Parser(description=__doc__, formatter_class=Formatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     models = p.add_mutually_exclusive_group(required=True)
-    models.add_argument("--checkpoint", type=path,
+    models.add_argument("--checkpoint", type=Path,
                         help="of finetune.py; with --report also of pretrain.py")
-    models.add_argument("--folds", type=path, nargs="+", metavar="CHECKPOINT",
+    models.add_argument("--folds", type=Path, nargs="+", metavar="CHECKPOINT",
                         help="one of each fold of --dataset")
     add = p.add_argument
-    add("media", type=path, nargs="*", metavar="FILE",
+    add("media", type=Path, nargs="*", metavar="FILE",
         help="own image or video, or folder of one clip's frames")
-    add("--report", type=path, metavar="FOLDER", help="for report.html, figures and scores")
+    add("--report", type=Path, metavar="FOLDER", help="for report.html, figures and scores")
     add("--dataset", type=dataset_name(), help="data set to test on (those of training)")
     add("--fold", type=number(int, 1), help="its fold (the checkpoint's)")
     add("--crop", type=box, metavar="X,Y,W,H", help="the face in FILE or in clips of --dataset, in "
         "pixels (all of it; of a run's own test clips what training had)")
-    add("--baseline", type=path, metavar="CHECKPOINT", help="its attention is shown beside (Fig. 6)")
-    add("--data-root", type=path, default=Path("data"), help="folder of all data sets")
+    add("--baseline", type=Path, metavar="CHECKPOINT", help="its attention is shown beside (Fig. 6)")
+    add("--data-root", type=Path, default=Path("data"), help="folder of all data sets")
     add("--workers", type=number(int, 0), default=default_workers(), help="loading processes each")
     return p
 

@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from data import (Samples, Schedule, Source, TrainingData, dataset_name, hold_out, load_samples,
                   overlap, short_name)
 from evaluate import evaluate, gate_statistics, table
 from model import (EXPERT_SETTINGS, S4D, SIZES, UserError, at_least_fp32, initialise,
-                   load_checkpoint, modality, read_checkpoint)
-from pretrain import (Process, Rate, RunFolder, common_settings, count, decayed, describe, guarded,
+                   modality, read_checkpoint)
+from pretrain import (Rate, RunFolder, common_settings, count, decayed, describe, guarded,
                       parse, positive, say_next, share, start, train)
 
 # With --size tiny, the default on drawn faces: what learns in minutes on two cores.
@@ -89,7 +88,7 @@ def main() -> None:
     sources, validation, test = draw_from(args)
     samples = {f"train {m}": source.samples for m, source in sources.items()}
     samples |= {f"test {m}": test[m] for m in test}
-    folder = RunFolder(process, args, "finetune", samples, args.pretrained)
+    folder = RunFolder(process, args, "finetune", samples)
 
     torch.manual_seed(args.seed)
     classes = [sources[m].samples.classes if m in sources else () for m in ("image", "video")]
@@ -99,19 +98,24 @@ def main() -> None:
     optimizer, rate = optimisation(args, model, schedule.steps_per_epoch())
     describe(process, args, model, sources, rate, loaded)
 
+    split = "validation" if args.validation else "test"
+    tested = validation or test
+
     def test_now() -> dict:
         scores, gates = {}, {}
-        for m, samples in (validation or test).items():
+        for m, samples in tested.items():
             scores[m], observed = evaluate(model, samples, process, args.workers)
             gates[m] = gate_statistics(model, observed.activation)
         score = scores["video" if "video" in scores else "image"]["war"]
-        return {"score": score, "validation" if validation else "test": scores, "gates": gates}
+        return {"score": score, split: scores, "gates": gates}
 
     objective = JointLoss(model, args.mixing, args.label_smoothing)
     data = TrainingData(sources, "finetune", model.size, args.augment)
     state = train(process, args, folder, model, objective, optimizer, rate, schedule, data, test_now)
-    report(process, args, state, test)
-    say_next(process, args, "evaluate.py", "--checkpoint", folder.last, "--report",
+    if process.main:
+        report(args.output, state, split, tested)
+    checkpoint = args.output / ("best.pt" if validation else "last.pt")
+    say_next(process, args, "evaluate.py", "--checkpoint", checkpoint, "--report",
              args.output / "report")
 
 
@@ -126,14 +130,14 @@ def draw_from(args) -> tuple[dict[str, Source], dict[str, Samples], dict[str, Sa
         if name == "none":
             continue
         fold = args.fold if m == "video" else 1
+        box = args.crop if m == "video" else None
         samples = load_samples(name, args.data_root, "train", fold, args.stride)
+        samples = replace(samples, box=box)
         test[m] = load_samples(name, args.data_root, "test", fold, args.stride)
+        test[m] = replace(test[m], box=box)
         shared = overlap(samples, test[m])
         if shared:
             raise UserError(shared)
-        if m == "video":
-            samples = replace(samples, box=args.crop)
-            test[m] = replace(test[m], box=args.crop)
         if args.validation:
             samples, validation[m] = hold_out(samples, args.validation, args.seed)
         if m == "video":
@@ -146,31 +150,29 @@ def draw_from(args) -> tuple[dict[str, Source], dict[str, Samples], dict[str, Sa
 
 
 def build(args, classes: list, saved: dict | None) -> tuple[S4D, str]:
-    """The model, initialised from --pretrained, and what to say of it. A run that goes on (`saved`)
-    does not need that file any more. UserError if it is missing or does not fit."""
+    """The model, and what to say of its weights: those of --pretrained, or new ones. In a run that
+    goes on (`saved`) RunFolder loads them, and --pretrained may be gone. UserError for a file that
+    is missing or does not fit."""
     if args.expert == "ffn" and (args.no_residual or args.adapter_width):
         raise UserError("--expert ffn has no adapters for --no-residual or --adapter-width")
-    given = saved
-    if given is None and args.pretrained != "none":
-        if not Path(args.pretrained).exists():
-            raise UserError(f"there is no stage-1 checkpoint {args.pretrained}: run pretrain.py "
-                            "first, or give --pretrained FILE, or none to train from scratch")
-        given = read_checkpoint(args.pretrained)
     experts = dict(experts=args.experts, k=args.k, adapter_width=args.adapter_width,
                    moae_layers=layers_with_experts(args.moae_layers, SIZES[args.size].depth),
                    sigma=args.sigma, residual=not args.no_residual, expert=args.expert)
-    if given and given["stage"] == "finetune":
-        theirs = given["architecture"]
+    if saved is None and args.pretrained == "none":
+        return S4D(args.size, *classes, **experts), "trained from scratch"
+    if saved is None and not Path(args.pretrained).exists():
+        raise UserError(f"there is no stage-1 checkpoint {args.pretrained}: run pretrain.py "
+                        "first, or give --pretrained FILE, or none to train from scratch")
+    source = saved or read_checkpoint(args.pretrained)
+    note = ""
+    if source["stage"] == "finetune":
+        theirs = source["architecture"]
         experts = {name: theirs[name] for name in EXPERT_SETTINGS if name in theirs}
+        note = f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
     model = S4D(args.size, *classes, **experts)
     if saved:
         return model, f"to be continued from {args.output}"
-    if given is None:
-        return model, "trained from scratch"
-    loaded = initialise(model, given, args.pretrained)
-    if given["stage"] == "finetune":
-        loaded += f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
-    return model, loaded
+    return model, initialise(model, source, args.pretrained) + note
 
 
 def optimisation(args, model: S4D, steps_per_epoch: int) -> tuple[torch.optim.AdamW, Rate]:
@@ -218,8 +220,8 @@ def layer_of(name: str, depth: int) -> int:
 
 
 class JointLoss(nn.Module):
-    """Cross-entropy of a single-source mini-batch (Section III-C), a module
-    as DDP, which joins several processes, wraps no function."""
+    """Cross-entropy of a mini-batch of one source (Section III-C), a module as DDP, which joins
+    several processes, wraps no function."""
 
     def __init__(self, model: S4D, mixing: float = 0.0, label_smoothing: float = 0.0):
         super().__init__()
@@ -235,41 +237,33 @@ class JointLoss(nn.Module):
     def forward(self, x: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         m = modality(x)
         if torch.rand(()) < self.mixing:
-            # torchvision mixes five dimensions only of what is called a video
-            mixable = x if m == "image" else tv_tensors.Video(x)
-            x, labels = self.mix[m](mixable, labels)                # labels: (B, C) from here on
-            x = x.as_subclass(torch.Tensor)
+            # torchvision mixes images: a clip's frames are taken for further channels of one
+            mixed, labels = self.mix[m](x.flatten(1, -3), labels)   # labels: (B, C) from here on
+            x = mixed.view_as(x)
         logits = at_least_fp32(self.model(x))                       # (B, C)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # Written out to show Eq. (3): as a batch is of one source, the total is its loss
+        # The loss of the other source is 0, and so is its head's gradient, which is not None: DDP
+        # waits for it, and AdamW's decay and moments go on, as released
+        zero = 0 * sum(p.sum() for p in self.model.head.parameters())
+        loss_image = loss if m == "image" else zero
+        loss_video = loss if m == "video" else zero
         alpha = 1 if m == "video" else 0
-        loss_image = loss if m == "image" else 0
-        loss_video = loss if m == "video" else 0
         # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic
         # expressions: images and videos
         total = (1 - alpha) * loss_image + alpha * loss_video
-        # The other head's gradient is 0, not None: DDP waits for it, and AdamW's decay and moments
-        # go on, as released
-        total = total + 0 * sum(p.sum() for p in self.model.head.parameters())
         return weight * total
 
 
-def report(process: Process, args, state: dict, test: dict[str, Samples]) -> None:
-    """Print the test scores of the last epoch and of the best one, and which data chose it."""
-    chooser = "held-out training data" if args.validation else "the test fold itself"
+def report(folder: Path, state: dict, split: str, tested: dict[str, Samples]) -> None:
+    """Print the scores of the last epoch and of the best one, and which data chose it."""
+    chooser = "the test fold itself" if split == "test" else "held-out training data"
     titles = {"last": "last epoch", "best": f"best epoch, chosen by WAR on {chooser}"}
-    process.barrier()                       # the first process writes the checkpoints
     for name, title in titles.items():
-        path = args.output / f"{name}.pt"
         record = state[name]
-        scores = record.get("test", {})
-        if args.validation:                 # only now are the test data looked at
-            model = load_checkpoint(path).to(process.device)
-            for m, samples in test.items():
-                scores[m], _ = evaluate(model, samples, process, args.workers)
-        for m, samples in test.items() if process.main else ():
-            print(f"\n{samples.name}, {len(samples)} test samples, {path}: epoch "
-                  f"{record['epoch']}, {title}\n{table(scores[m], samples.classes)}")
+        for m, samples in tested.items():
+            print(f"\n{samples.name}, {len(samples)} {split} samples, {folder / name}.pt: "
+                  f"epoch {record['epoch']}, {title}")
+            print(table(record[split][m], samples.classes))
 
 
 if __name__ == "__main__":

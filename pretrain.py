@@ -69,13 +69,12 @@ def settings() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parse(settings(), TINY)
+    args.output = args.output or Path("runs") / f"pretrain-{short_name(args.dataset)}"
     drawn = args.dataset.startswith("synthetic")
     if drawn:                               # to stage 1 that is its unlabelled videos
         args.dataset = "synthetic-unlabelled"
     if args.image_dataset is None:
         args.image_dataset = "synthetic-images" if drawn else "affectnet-8"
-    short = short_name(args.dataset).removesuffix("-unlabelled")
-    args.output = args.output or Path("runs") / f"pretrain-{short}"
     process = start(args.size, args.precision)
     sources = draw_from(args)
     samples = {f"train {m}": source.samples for m, source in sources.items()}
@@ -156,7 +155,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
     new = dict(epoch=0, step=0, losses=[], best=None, last=None, left_out={})
     state = folder.load(model, optimizer) or new
     schedule.start = state["epoch"], state["step"]
-    batches = Batches(loader(data, args.workers, batch_size=None, sampler=schedule))
+    batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
     compile_layers(model, args.compile)
     ddp = DistributedDataParallel(objective) if process.world > 1 else objective
     steps = rate.steps // args.epochs
@@ -164,7 +163,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
     for epoch in range(state["epoch"], args.epochs):
         process.catch_signals()                                 # they wait for the end of the step
         objective.train()
-        batches.start_clock()
+        clock = dict(began=time.perf_counter(), waited=0.0)
         bar = tqdm(range(state["step"], steps), f"epoch {epoch + 1}/{args.epochs}", steps,
                    initial=state["step"], leave=False, disable=not process.main, unit="step")
         for step in bar:
@@ -174,7 +173,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
 
             # Forward and backward: this process's micro-batches, whose weighted losses add up
             total = torch.zeros((), device=process.device)
-            for micro, x, labels, errors in batches.of_a_step():
+            for micro, x, labels, errors in of_a_step(batches, clock):
                 leave_out(errors, data.sources[micro.modality].samples, state["left_out"])
                 torch.manual_seed(micro.seed)                   # of masks, mixing and gate noise
                 x = to_float(process.upload(x))
@@ -186,7 +185,8 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
 
             # The step, if all is finite. Reading the numbers is the one wait for the device
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-            loss, norm, stop = process.sum(total, norm / process.world, process.signal).tolist()
+            numbers = [total, norm / process.world, total.new_full((), process.signal)]
+            loss, norm, stop = process.sum(torch.stack(numbers)).tolist()
             if not math.isfinite(loss + norm):
                 raise not_finite(loss, norm, epoch, step, data.sources[micro.modality], micro)
             optimizer.step()
@@ -200,53 +200,54 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
                 folder.save(model, optimizer, state)
             if stop:
                 process.leave()
-        end_epoch(process, args, folder, model, optimizer, state, batches, test)
+        end_epoch(process, args, folder, model, optimizer, state, clock, test)
     return state
 
 
-def end_epoch(process, args, folder, model, optimizer, state: dict, batches, test) -> None:
-    """Test, log and save. A test takes long and may be stopped, so it stands between two saves."""
-    record = dict(epoch=state["epoch"] + 1, **batches.seconds(), losses=state["losses"], loss={},
-                  left_out=len(state["left_out"]))
+def of_a_step(batches, clock: dict):
+    """This process's micro-batches of a step; the seconds that one waits for them are added up."""
+    is_last = False
+    while not is_last:
+        asked = time.perf_counter()
+        batch = next(batches)
+        clock["waited"] += time.perf_counter() - asked
+        is_last = batch[0].is_last
+        yield batch
+
+
+def end_epoch(process, args, folder, model, optimizer, state: dict, clock: dict, test) -> None:
+    """Test, log, save and print a line. A test takes long and may be stopped, so it stands between
+    two saves."""
+    epoch = state["epoch"] + 1
+    seconds = time.perf_counter() - clock["began"]
+    record = dict(epoch=epoch, seconds=round(seconds, 2), data_seconds=round(clock["waited"], 2),
+                  losses=state["losses"], loss={}, left_out=len(state["left_out"]))
     for m in ("video", "image"):
         losses = [loss for name, loss in state["losses"] if name == m]
         if losses:
             record["loss"][m] = fmean(losses)
     folder.save(model, optimizer, state)
+    if process.signal:                      # one since the last step
+        sys.exit(128 + process.signal)
     process.release_signals()
-    is_last = record["epoch"] == args.epochs
-    if test and (is_last or record["epoch"] % args.test_every == 0):
+    if test and (epoch == args.epochs or epoch % args.test_every == 0):
         record |= test()
         state["last"] = record
         if state["best"] is None or record["score"] > state["best"]["score"]:
             state["best"] = record
-    state |= dict(epoch=record["epoch"], step=0, losses=[])
+    state |= dict(epoch=epoch, step=0, losses=[])
     folder.save(model, optimizer, state, record)
-    say_epoch(process, record, args.epochs, batches.seconds()["seconds"])
 
-
-class Batches:
-    """The micro-batches of a loader, step by step, and the time that one waits for them."""
-
-    def __init__(self, loader):
-        self.iterator = iter(loader)
-
-    def start_clock(self) -> None:
-        self.began = time.perf_counter()
-        self.waited = 0.0
-
-    def of_a_step(self):
-        is_last = False
-        while not is_last:
-            asked = time.perf_counter()
-            batch = next(self.iterator)
-            self.waited += time.perf_counter() - asked
-            is_last = batch[0].is_last
-            yield batch
-
-    def seconds(self) -> dict[str, float]:
-        passed = time.perf_counter() - self.began
-        return dict(seconds=round(passed, 2), data_seconds=round(self.waited, 2))
+    line = f"epoch {epoch}/{args.epochs}"
+    split = "validation" if "validation" in record else "test"
+    for m, loss in record["loss"].items():
+        line += f"  {m}s: loss {loss:.3f}"
+        if split in record:
+            line += f", {split} UAR {record[split][m]['uar']:.3f}"
+    seconds = time.perf_counter() - clock["began"]          # with the test
+    minutes_left = seconds * (args.epochs - epoch) / 60
+    if process.main:
+        print(f"{line}  {seconds:.0f} s, {minutes_left:.1f} min left", flush=True)
 
 
 def not_finite(loss: float, norm: float, epoch: int, step: int, source: Source, micro) -> UserError:
@@ -267,22 +268,6 @@ def leave_out(errors: list[str], samples: Samples, left_out: dict[str, str]) -> 
         if number > 0.01 * len(samples):
             raise UserError(f"{number} of {len(samples)} {m}s cannot be read, more than 1 %; "
                             f"the last: {error}")
-
-
-def say_epoch(process: "Process", record: dict, epochs: int, seconds: float) -> None:
-    """Print what came of an epoch, which took so many seconds with its test."""
-    shown = {"loss": record["loss"]}
-    for split in ("validation", "test"):
-        if split in record:
-            shown[f"{split} UAR"] = {m: scores["uar"] for m, scores in record[split].items()}
-    line = f"epoch {record['epoch']}/{epochs}"
-    for name, numbers in shown.items():
-        line += f"  {name}: "
-        line += ", ".join(f"{m}s {value:.3f}" for m, value in numbers.items())
-    left = seconds * (epochs - record["epoch"])
-    left = f"{left / 60:.0f} min" if left > 100 else f"{left:.0f} s"
-    if process.main:
-        print(f"{line}  {seconds:.0f} s, {left} left", flush=True)
 
 
 @dataclass
@@ -319,9 +304,9 @@ def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
     """The settings that both stages have under the same names and with the same defaults."""
     changed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in tiny.items())
     epilog = f"With --size tiny the defaults are {changed}.\nEvery row of the paper: tests/paper.md"
-    p = Parser(description=description, epilog=epilog, formatter_class=Formatter)
+    p = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=Formatter)
     add = p.add_argument
-    add("--data-root", type=path, default=Path("data"), help="folder of all data sets")
+    add("--data-root", type=Path, default=Path("data"), help="folder of all data sets")
     add("--fold", type=count, default=1, help="cross-validation fold, counted from 1")
     add("--stride", type=count, help="of the frames of a clip (the data set's own)")
     add("--crop", type=box, metavar="X,Y,W,H", help="part of video frames, in pixels (all of it)")
@@ -335,52 +320,35 @@ def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
     add("--precision", choices=list(PRECISIONS), help="of matrix products (what is fast here)")
     add("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"],
         help="compile the layers: a minute, and a C++ compiler (aot_eager: without one)")
-    add("--output", type=path, help="the run's folder (runs/..., named after the data)")
+    add("--output", type=Path, help="the run's folder (runs/..., named after the data)")
     add("--resume", action="store_true", help="continue from the run's last.pt, if there is one")
     add("--save-minutes", type=positive, default=10, help="time between checkpoints in an epoch")
     return p
-
-
-class Parser(argparse.ArgumentParser):
-    """What it refuses stands last under torchrun, too."""
-
-    def error(self, message: str):
-        tell_torchrun(message)
-        super().error(message)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the description as it was written, and the defaults that no help text tells."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False):
-            return action.help
-        return super()._get_help_string(action)
+        untold = action.default in (None, False)
+        return action.help if untold else super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = math.inf):
     """A type for argparse: a number from low to high."""
-    def check(text: str):
+    def number(text: str):                  # by its name argparse refuses what is no number
         value = kind(text)
         if not low <= value <= high:
             limit = "or more" if high == math.inf else f"to {high:g}"
             raise argparse.ArgumentTypeError(f"{text}: expected {low} {limit}")
         return value
-    check.__name__ = kind.__name__          # by which argparse refuses what is no number
-    return check
+    return number
 
 
 natural = number(int, 0)
 count = number(int, 1)
 positive = number(float, 0)
 share = number(float, 0, 1)
-
-
-def path(text: str) -> Path:
-    """A type for argparse: an empty string is no path."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty string is no path")
-    return Path(text)
 
 
 def box(text: str) -> tuple[int, ...]:
@@ -412,11 +380,8 @@ def describe(process, args, model, sources: dict[str, Source], rate: Rate, more:
     if not process.main:
         return
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.size} model, {millions:.2f} M parameters; {process.world} "
-          f"process{'es' if process.world > 1 else ''} on {process.device.type}, "
-          f"{process.precision}: {process.reason}")
-    if torch.cuda.device_count() > process.world:
-        print(f"torchrun --nproc_per_node {torch.cuda.device_count()} takes all GPUs")
+    print(f"{args.size} model, {millions:.2f} M parameters; {process.world} process(es) on "
+          f"{process.device.type}, {process.precision}: {process.reason}")
     for m, source in sources.items():
         samples = source.samples
         print(f"{m}s: {len(samples)} of {samples.name} in {samples.root}, stride {samples.stride}; "
@@ -431,22 +396,15 @@ def say_next(process, args, *command) -> None:
     launcher = ["python"]
     if process.world > 1:
         launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-    if args.data_root != Path("data"):
-        command += "--data-root", args.data_root
+    command = [*launcher, *command, "--data-root", args.data_root]
     if process.main:
-        print(f"\nNext: {shlex.join(map(str, [*launcher, *command]))}", flush=True)
+        print(f"\nNext: {shlex.join(map(str, command))}", flush=True)
 
 
 def compile_layers(model: nn.Module, backend: str | None) -> None:
     """torch.compile each layer by itself: together they are most of the work, and of few shapes."""
     if backend is None:
         return
-    if backend == "inductor":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        try:
-            get_cpp_compiler()
-        except RuntimeError as error:
-            raise UserError(f"--compile: {error}; --compile aot_eager needs none") from error
     torch._dynamo.config.optimize_ddp = False  # would cut layers where DDP's buckets end
     for layer in model.modules():
         if isinstance(layer, Layer):
@@ -483,40 +441,31 @@ class Process:
     def upload(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device, non_blocking=True)
 
-    def barrier(self) -> None:
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, in place."""
         if self.world > 1:
-            dist.barrier()
-
-    def sum(self, first: torch.Tensor, *more) -> torch.Tensor:
-        """The sum over the processes, in place; of several scalars or flags, as one tensor."""
-        if more:                            # a fill is a kernel, not a copy that the host waits for
-            more = [x if torch.is_tensor(x) else first.new_full((), x) for x in more]
-            first = torch.stack([first, *more])
-        if self.world > 1:
-            dist.all_reduce(first)
-        return first
+            dist.all_reduce(x)
+        return x
 
     def catch_signals(self) -> None:
-        """From now on the first SIGTERM or SIGINT only sets `signal`; a second one kills."""
+        """From now on the first SIGTERM or SIGINT only sets `signal`; a second one ends at once."""
         def receive(number: int, frame) -> None:
             self.signal = number
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            self.release_signals()
 
-        signal.signal(signal.SIGTERM, receive)
-        signal.signal(signal.SIGINT, receive)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, receive)
+
+    def release_signals(self) -> None:
+        """From now on they end the process at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
 
     def leave(self) -> None:
         """End because of a signal to this process or to another one, when all have come here."""
-        self.barrier()                      # the first one has saved
+        if self.world > 1:
+            dist.barrier()                  # the first one has saved
         sys.exit(128 + (self.signal or signal.SIGTERM))
-
-    def release_signals(self) -> None:
-        """Leave if there was one; from now on they end the process at once."""
-        if self.signal:
-            sys.exit(128 + self.signal)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start(size: str = "base", precision: str | None = None) -> Process:
@@ -548,10 +497,9 @@ def start(size: str = "base", precision: str | None = None) -> Process:
     elif precision is None:
         seconds = torch.tensor(product_seconds(SIZES[size].width))
         fp32, bf16 = process.sum(seconds * process.main).tolist()
-        process.reason = f"its products take {fp32 / bf16:.2f} of bf16's time here"
+        process.reason = f"products in fp32 take {fp32 / bf16:.2f} of their time in bf16 here"
         if bf16 < fp32:
             process.dtype = torch.bfloat16
-            process.reason = f"its products take {bf16 / fp32:.2f} of fp32's time here"
     return process
 
 
@@ -578,7 +526,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-4, 0)                 # M_MMAP_MAX: no mapping of its own for a large block
 
 
-TOO_LITTLE = ("out of memory", "shared memory", "DataLoader worker (")  # in the words of torch
+# What torch says where a machine lacks something, and what helps
+ADVICE = {
+    "out of memory": "a smaller --micro-batch needs less",
+    "shared memory": "fewer --workers need less /dev/shm",
+    "DataLoader worker (": "fewer --workers need less memory",
+    "C++ compiler": "--compile aot_eager needs none",
+}
 
 
 def guarded(main) -> None:
@@ -595,9 +549,10 @@ def guarded(main) -> None:
     except (UserError, OSError) as error:
         fail(str(error))
     except RuntimeError as error:
-        if not any(words in str(error) for words in TOO_LITTLE):
-            raise
-        fail(f"{error}\na smaller --micro-batch or fewer --workers need less memory and /dev/shm")
+        for words, advice in ADVICE.items():
+            if words in str(error):
+                fail(f"{error}\n{advice}")
+        raise
     finally:
         if hasattr(signal, "SIGCHLD"):      # torch's handler would make each death an error
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -612,33 +567,27 @@ def fail(message: str) -> None:
     if message.startswith("Caught "):       # in a loading process, whose traceback it ends
         message = message.rsplit("Error: ", 1)[-1]
     message = message.strip().replace("\n", "; ")
-    tell_torchrun(message)
-    sys.exit(f"error: {message}")
-
-
-def tell_torchrun(message: str) -> None:
-    """torchrun prints last what it finds in a file of its own: of several processes' what has the
-    earliest second, so a cause stands before what it causes."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        extra = dict(timestamp=int(time.time()) - 1)
-        contents = dict(message=dict(message=message, extraInfo=extra))
-        Path(file).write_text(json.dumps(contents), encoding="utf-8")
+        # What torchrun prints last: of several processes' reasons the one with the earliest second,
+        # which is to be this one, and not what it causes
+        reason = dict(message=message, extraInfo=dict(timestamp=int(time.time()) - 1))
+        Path(file).write_text(json.dumps(dict(message=reason)), encoding="utf-8")
+    sys.exit(f"error: {message}")
 
 
 # ------------------------------------------------------------------------------ the run's folder
 
 # Settings that change no number, and those of which fingerprints tell more: a run may be moved
 NOT_COMPARED = {"output", "resume", "workers", "save_minutes", "compile", "data_root", "dataset",
-                "image_dataset", "pretrained", "stride", "precision"}
+                "image_dataset", "pretrained", "stride"}
 
 
 class RunFolder:
     """log.jsonl, last.pt and best.pt of a run, wherever it lies. samples: its data, by "train
     video" and so on. UserError if the folder holds another run."""
 
-    def __init__(self, process: Process, args, stage: str, samples: dict[str, Samples],
-                 pretrained: str = "none"):
+    def __init__(self, process: Process, args, stage: str, samples: dict[str, Samples]):
         self.process = process
         self.stage = stage
         self.path = args.output
@@ -646,7 +595,7 @@ class RunFolder:
         self.save_seconds = 60 * args.save_minutes
         self.saved_at = time.monotonic()
         self.saved = None                   # the checkpoint to go on from
-        self.identity = identity(args, samples, Path(pretrained))
+        self.identity = identity(args, samples)
         if process.main:
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()   # an error now, where none may write
@@ -663,19 +612,18 @@ class RunFolder:
         """Take the precision of the run that was saved. UserError if it is another run."""
         if "optimizer" not in self.saved:
             raise UserError(f"{self.last} is no last.pt of a run: it has no optimizer")
-        then, now = self.saved["identity"], self.identity
+        before = self.saved["made_by"]["precision"]
+        then = self.saved["identity"] | {"precision": before}
         if "pretrained fingerprint" in then:    # that file may be gone
-            now.setdefault("pretrained fingerprint", then["pretrained fingerprint"])
+            self.identity.setdefault("pretrained fingerprint", then["pretrained fingerprint"])
+        now = self.identity | {"precision": precision or before}
         changes = []
         for name in sorted(then.keys() | now.keys()):
             if name not in NOT_COMPARED and then.get(name) != now.get(name):
                 changes.append(f"{name} was {then.get(name)}, now {now.get(name)}")
-        saved_precision = self.saved["made_by"].get("precision")
-        if precision not in (None, saved_precision):
-            changes.append(f"precision was {saved_precision}, now {precision}")
         if changes:
             raise UserError(f"{self.last} is of another run: {'; '.join(changes)}")
-        self.process.dtype = PRECISIONS[saved_precision]
+        self.process.dtype = PRECISIONS[before]
         self.process.reason = "as the run began"
 
     def load(self, model: nn.Module, optimizer) -> dict | None:
@@ -703,12 +651,15 @@ class RunFolder:
         if stamp(self.last) not in (None, self.stamp):
             raise UserError(f"another run writes here: {self.last} is not the file that this run "
                             "wrote or loaded; give another --output")
-        weights = model.state_dict()
-        for name, value in weights.items():
-            if not value.isfinite().all():
-                raise UserError(f"{name} is not finite any more: not written to {self.last}")
-        contents = dict(stage=self.stage, architecture=model.architecture, model=weights,
-                        identity=self.identity, state=state, made_by=made_by(self.process))
+        # What the numbers may depend on beside settings and data
+        made_by = dict(command=shlex.join(sys.argv), python=platform.python_version(),
+                       torch=str(torch.__version__), torchvision=version("torchvision"),
+                       av=version("av"), numpy=version("numpy"), processes=self.process.world,
+                       precision=self.process.precision, machine=platform.platform(), device="cpu")
+        if torch.cuda.is_available():
+            made_by["device"] = torch.cuda.get_device_name()
+        contents = dict(stage=self.stage, architecture=model.architecture, made_by=made_by,
+                        identity=self.identity, state=state, model=model.state_dict())
         if record and record is state["best"]:
             write(self.path / "best.pt", contents)
         if record:                          # without lines of an epoch that was logged, not saved
@@ -721,7 +672,7 @@ class RunFolder:
         self.stamp = stamp(self.last)
 
 
-def identity(args, samples: dict[str, Samples], pretrained: Path) -> dict:
+def identity(args, samples: dict[str, Samples]) -> dict:
     """What a run is: all its settings, and the fingerprints of its data and first weights."""
     found = {}
     for name, value in vars(args).items():
@@ -731,6 +682,7 @@ def identity(args, samples: dict[str, Samples], pretrained: Path) -> dict:
     if "train video" in samples:
         found["video stride"] = samples["train video"].stride
         found["video rate"] = frame_rate(samples["train video"])
+    pretrained = Path(vars(args).get("pretrained", "none"))     # stage 1 has no such setting
     if pretrained.is_file():
         digest = hashlib.blake2b(pretrained.read_bytes(), digest_size=8)
         found["pretrained fingerprint"] = digest.hexdigest()
@@ -739,24 +691,12 @@ def identity(args, samples: dict[str, Samples], pretrained: Path) -> dict:
 
 def stamp(file: Path) -> tuple[int, int] | None:
     """Size and time of a file, which tell whether somebody else wrote it; None without one."""
-    if file.exists():
-        return file.stat().st_size, file.stat().st_mtime_ns
-    return None
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None
 
 
 def write(path: Path, contents: dict) -> None:
     with whole_file(path) as file:
         torch.save(contents, file)
-
-
-def made_by(process: Process) -> dict:
-    """What a checkpoint's numbers may depend on beside settings and data."""
-    cuda = torch.cuda.is_available()
-    return dict(command=shlex.join(sys.argv), python=platform.python_version(),
-                torch=str(torch.__version__), torchvision=version("torchvision"),
-                av=version("av"), numpy=version("numpy"), processes=process.world,
-                precision=process.precision, machine=platform.platform(),
-                device=torch.cuda.get_device_name() if cuda else "cpu")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from data import (CATALOGUE, Samples, Schedule, Source, TrainingData, boxed, cat
                   find_samples, hold_out, load_samples, loader, overlap, read_clip, read_image, resampled,
                   shortened, test_frames)
 from model import MASK_RATIO, SIZES, UserError, random_mask, whole_file  # noqa: E402
-from pretrain import TINY, box, guarded, number, path  # noqa: E402
+from pretrain import TINY, box, guarded, number  # noqa: E402
 
 # Data set, split, fold; digest of the list (see list_digest), "-" where it is not public; samples per class.
 PUBLISHED = """
@@ -288,18 +288,18 @@ def settings() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", nargs="?", type=dataset_name(), metavar="DATASET", help="the same as --dataset")
     p.add_argument("--dataset", type=dataset_name(), help="as in finetune.py and pretrain.py")
-    p.add_argument("--data-root", type=path, default="data", help="folder of all data sets (data)")
+    p.add_argument("--data-root", type=Path, default="data", help="folder of all data sets (data)")
     p.add_argument("--fold", type=number(int, 1), help="of cross-validation (all, --show: 1)")
     p.add_argument("--stride", type=number(int, 1), help="of the frames of a clip (the data set's)")
     p.add_argument("--crop", type=box, metavar="X,Y,W,H", help="a fixed part of every frame, in pixels (all of it)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of everything random")
-    p.add_argument("--show", type=path, metavar="PNG", help="draw a batch as training gets it instead")
+    p.add_argument("--show", type=Path, metavar="PNG", help="draw a batch as training gets it instead")
     p.add_argument("--size", choices=list(SIZES), help="of --show: of the model (base, or tiny on drawn faces)")
     p.add_argument("--augment", choices=["paper", "light"], help="of --show: (paper; light for size tiny)")
     p.add_argument("--mask", action="store_true", help="of --show: as stage 1 gets it, masked patches grey")
     p.add_argument("--split", type=number(float, 0, 1), metavar="SHARE", help="write train.csv and test.csv instead")
     p.add_argument("--person", metavar="REGEX", help="of --split: what it finds in a path is the person")
-    p.add_argument("--output", type=path, default=Path(), help="of --split: the folder for both (this one)")
+    p.add_argument("--output", type=Path, default=Path(), help="of --split: the folder for both (this one)")
     return p
 
 

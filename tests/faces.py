@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import UserError  # noqa: E402  (needs the path above)
-from pretrain import guarded, number, path  # noqa: E402
+from pretrain import guarded, number  # noqa: E402
 
 ACTION_UNITS = (1, 2, 4, 5, 6, 7, 9, 12, 15, 20, 23, 26, 45)  # the columns of every `action_units` array
 EXPRESSIONS = {"neutral": (), "happiness": (6, 12), "sadness": (1, 4, 15), "surprise": (1, 2, 5, 26),
@@ -438,7 +438,7 @@ def write_faces(root: Path, seed: int = 0, scale: float = 1.0, test_people: int 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data-root", type=path, default="data", help="folder of all data sets (data)")
+    p.add_argument("--data-root", type=Path, default="data", help="folder of all data sets (data)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of everything random (0)")
     p.add_argument("--scale", type=number(float, 1e-6, 1e3), default=1.0,
                    help="1 = 2,450 images, 560 labelled clips, 1,600 videos (1)")

@@ -177,7 +177,7 @@ def test_a_run_keeps_its_precision(run, faces, tmp_path, monkeypatch):
     quick(pretrain, *command, tmp_path / "run")
     assert model.read_checkpoint(tmp_path / "run/last.pt")["made_by"]["precision"] == "fp32"
     process = pretrain.start("tiny")
-    assert process.precision == "bf16" and process.reason == "its products take 0.75 of fp32's time here"
+    assert process.precision == "bf16" and process.reason == "products in fp32 take 1.33 of their time in bf16 here"
 
 
 def test_a_second_run_in_the_same_folder_stops_and_the_first_goes_on(run, faces, tmp_path):
