@@ -453,13 +453,13 @@ class Process:
             self.signal = number
             self.release_signals()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, receive)
+        signal.signal(signal.SIGTERM, receive)
+        signal.signal(signal.SIGINT, receive)
 
     def release_signals(self) -> None:
         """From now on they end the process at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def leave(self) -> None:
         """End because of a signal to this process or to another one, when all have come here."""
@@ -651,6 +651,10 @@ class RunFolder:
         if stamp(self.last) not in (None, self.stamp):
             raise UserError(f"another run writes here: {self.last} is not the file that this run "
                             "wrote or loaded; give another --output")
+        weights = model.state_dict()
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise UserError(f"{name} is not finite any more: not written to {self.last}")
         # What the numbers may depend on beside settings and data
         made_by = dict(command=shlex.join(sys.argv), python=platform.python_version(),
                        torch=str(torch.__version__), torchvision=version("torchvision"),
@@ -659,7 +663,7 @@ class RunFolder:
         if torch.cuda.is_available():
             made_by["device"] = torch.cuda.get_device_name()
         contents = dict(stage=self.stage, architecture=model.architecture, made_by=made_by,
-                        identity=self.identity, state=state, model=model.state_dict())
+                        identity=self.identity, state=state, model=weights)
         if record and record is state["best"]:
             write(self.path / "best.pt", contents)
         if record:                          # without lines of an epoch that was logged, not saved
