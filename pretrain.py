@@ -566,7 +566,7 @@ def fail(message: str) -> None:
     """End with a line and exit status 1."""
     if message.startswith("Caught "):       # in a loading process, whose traceback it ends
         message = message.rsplit("Error: ", 1)[-1]
-    message = message.strip().replace("\n", "; ")
+    message = "; ".join(line for line in message.splitlines() if line)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         # What torchrun prints last: of several processes' reasons the one with the earliest second,
