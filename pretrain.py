@@ -393,12 +393,12 @@ def describe(process, args, model, sources: dict[str, Source], rate: Rate, more:
 
 def say_next(process, args, *command) -> None:
     """Print the command that follows, ready to paste."""
-    launcher = ["python"]
+    launcher = "python"
     if process.world > 1:
-        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-    command = [*launcher, *command, "--data-root", args.data_root]
+        launcher = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+    words = map(str, [*command, "--data-root", args.data_root])
     if process.main:
-        print(f"\nNext: {shlex.join(map(str, command))}", flush=True)
+        print(f"\nNext: {launcher} {shlex.join(words)}", flush=True)
 
 
 def compile_layers(model: nn.Module, backend: str | None) -> None:
@@ -477,10 +477,13 @@ def start(size: str = "base", precision: str | None = None) -> Process:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-        if size == "tiny":
-            torch.set_num_threads(1)        # its products are too small to share
+    elif size == "tiny":
+        torch.set_num_threads(1)            # its products are too small to share
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Keep what is freed: to get it back page by page took 17 to 40 % of a tiny step
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)                # M_TRIM_THRESHOLD: never shrink the heap
+        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no mapping of its own for a large block
     if world > 1:
         # After a restart torchrun's store still holds the addresses of those who died: a prefix
         store, _, _ = next(dist.rendezvous("env://", rank, world))
@@ -516,14 +519,6 @@ def product_seconds(width: int) -> list[float]:
                 nn.functional.linear(x, weight)
             seconds[i] = min(seconds[i], time.perf_counter() - began)
     return seconds
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: getting it back page by page took 17 to 40 % of a tiny step."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, -1)                # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(-4, 0)                 # M_MMAP_MAX: no mapping of its own for a large block
 
 
 # What torch says where a machine lacks something, and what helps
