@@ -112,7 +112,7 @@ def token_picture(face: torch.Tensor, patch: int, row: int, column: int, gates: 
     parts = [
         photograph(8, middle - 72, 144, face),
         box(8 + side * column, middle - 72 + side * row, side, side, "", "none", "white", 'stroke-width="3"'),
-        text(8, middle + 92, f"one token: row {row}, column {column}", "start"),
+        text(8, middle + 92, f"one token: row {row + 1}, column {column + 1}", "start"),
         # Eq. (10)
         path((152, middle), (190, middle)), text(166, middle - 14, "x"),
         box(191, middle - 28, 70, 56), text(226, middle - 11, "LN"), text(226, middle + 11, "MHSA"),
