@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(d / h)) v, each of (B, h, N, d / h)."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    # The same, for speed only: in bf16 on a CPU torch's kernel takes 1.2 to 9 times as long as this.
+    # For speed only: in bf16 on a CPU torch's kernel takes 1.2 to 9 times as long as this.
     logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)      # (B, h, N, N)
     return logits.softmax(-1) @ v
 
@@ -591,76 +592,70 @@ def rebuild(checkpoint: dict, path) -> MaskedAutoencoder | S4D:
     return module
 
 
-def load_weights(module: nn.Module, state: dict, path, new=(), dropped=()) -> str:
-    """Copy weights into a module; returns a line each on what was loaded, made new and dropped.
-
-    Only names that contain one of `new` may be missing from the file, and only names that start
-    with one of `dropped` may be left over. UserError if others are, or a weight has another shape
-    or is not finite.
-    """
+def load_weights(module: nn.Module, state: dict, path) -> None:
+    """Copy weights into a module. UserError if a name is missing or not expected, a shape differs
+    or a weight is not finite."""
     try:
-        missing, extra = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:       # a line for each weight whose shape differs
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{path} does not fit this model: {first}") from error
-    wrong = []
-    for name in missing:
-        if not any(part in name for part in new):
-            wrong.append(f"{name} is missing")
-    for name in extra:
-        if not name.startswith(dropped):
-            wrong.append(f"{name} is not expected")
-    for name, value in module.state_dict().items():
+        module.load_state_dict(state)
+    except RuntimeError as error:       # names all that differ, in many lines
+        raise UserError(f"{path} does not fit this model: {shorten(str(error), 500)}") from error
+    for name, value in state.items():
         if not value.isfinite().all():
-            wrong.append(f"{name} is not finite")
-    if wrong:
-        named = "; ".join(wrong[:5])
-        raise UserError(f"{path} does not fit this model: {named} ({len(wrong)} in all)")
-    return (f"loaded: {len(state) - len(extra)} tensors of {path}\n"
-            f"made new: {parts(missing)}\ndropped: {parts(extra)}")
+            raise UserError(f"{path} does not fit this model: {name} is not finite")
+
+
+def initialise(model: S4D, checkpoint: dict, path) -> str:
+    """Initialise stage 2 from a checkpoint that has been read (Section III-C); returns a line each
+    on what was loaded, made new and dropped, and on heads of other classes.
+
+    From stage 1, the experts, the norm of the final representation and the heads are new, and the
+    decoder and stage 1's last norm are dropped; ViT-MoE's experts start as copies of the trained
+    FFN that they replace. From stage 2, whose experts the model must have, all is taken but heads
+    of other classes, or of the same ones in another order.
+    """
+    theirs, ours = checkpoint["architecture"], model.architecture
+    size = theirs["size"]
+    if size != ours["size"]:
+        raise UserError(f"{path} does not fit this model: this file is size {size}: --size {size}")
+    state = {name.removeprefix("encoder."): value for name, value in checkpoint["model"].items()}
+    notes = ""
+    if checkpoint["stage"] == "finetune":
+        may_be_new, not_ours = ["head."], []
+        for m in ("image", "video"):
+            classes = theirs[f"{m}_classes"]
+            if classes and classes != ours[f"{m}_classes"]:
+                not_ours.append(f"head.{m}.")
+                notes += f"\nthe head of {m}s is dropped: its classes are {', '.join(classes)}"
+    else:
+        may_be_new = ["moe_layer.", "fc_norm.", "head."]
+        not_ours = ["norm.", "decoder.", "encoder_to_decoder.", "mask_token"]
+        if ours["expert"] == "ffn":
+            may_be_new[0] = "moe_layer.router."
+            layers = [f"blocks.{i}" for i in ours["moae_layers"]]
+            for name in list(state):
+                layer, _, part = name.partition(".mlp.")
+                if layer in layers:
+                    weight = state.pop(name)
+                    for j in range(ours["experts"]):
+                        state[f"{layer}.moe_layer.experts.{j}.{part}"] = weight
+
+    dropped = [name for name in state if name.startswith(tuple(not_ours))]
+    for name in dropped:
+        del state[name]
+    new = []
+    for name, value in model.state_dict().items():
+        if name not in state and any(part in name for part in may_be_new):
+            state[name] = value
+            new.append(name)
+    load_weights(model, state, path)
+    return (f"loaded: {len(state) - len(new)} tensors of {path}\n"
+            f"made new: {parts(new)}\ndropped: {parts(dropped)}{notes}")
 
 
 def parts(names: list[str]) -> str:
     """The parts of a model, or of its layers, that parameters belong to."""
     found = {re.sub(r"^blocks\.\d+\.", "", name).split(".")[0] for name in names}
     return ", ".join(sorted(found)) or "nothing"
-
-
-def initialise(model: S4D, checkpoint: dict, path) -> str:
-    """Initialise stage 2 from a checkpoint that has been read (Section III-C); returns what
-    load_weights says, and which heads are new.
-
-    From stage 1, the experts, the norm of the final representation and the heads are new, and the
-    decoder and stage 1's last norm are dropped; ViT-MoE's experts start as copies of the trained
-    FFN that they replace. From stage 2, whose experts the model must have, all is taken but heads
-    of other classes, or of the same in another order.
-    """
-    theirs, ours = checkpoint["architecture"], model.architecture
-    size = theirs["size"]
-    if size != ours["size"]:
-        raise UserError(f"{path} does not fit this model: this file is size {size}: --size {size}")
-    if checkpoint["stage"] == "finetune":
-        state, notes = dict(checkpoint["model"]), ""
-        for m in ("image", "video"):
-            classes, wanted = theirs[f"{m}_classes"], ours[f"{m}_classes"]
-            if classes and wanted and classes != wanted:
-                del state[f"head.{m}.weight"], state[f"head.{m}.bias"]
-                notes += f"\nthe head of {m}s is new: the file's classes are {', '.join(classes)}"
-        return load_weights(model, state, path, new=("head.",), dropped=("head.",)) + notes
-
-    state = {name.removeprefix("encoder."): value for name, value in checkpoint["model"].items()}
-    new = ["moe_layer.", "fc_norm.", "head."]
-    if ours["expert"] == "ffn":
-        new[0] = "moe_layer.router."
-        layers = [f"blocks.{i}" for i in ours["moae_layers"]]
-        for name in list(state):
-            layer, _, part = name.partition(".mlp.")
-            if layer in layers:
-                weight = state.pop(name)
-                for j in range(ours["experts"]):
-                    state[f"{layer}.moe_layer.experts.{j}.{part}"] = weight
-    return load_weights(model, state, path, new,
-                        dropped=("norm.", "decoder.", "encoder_to_decoder.", "mask_token"))
 
 
 # -------------------------------------------------------------- Tables IV and V: python model.py

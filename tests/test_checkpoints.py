@@ -50,7 +50,7 @@ def test_vit_moe_starts_as_the_pretrained_ffn(stage1):
     assert all(torch.equal(expert.fc1.weight, ffn) for expert in vit_moe.blocks[3].moe_layer.experts)
     lost = read_checkpoint(stage1)
     del lost["model"]["encoder.blocks.3.mlp.fc1.weight"]
-    with pytest.raises(UserError, match=r"blocks.3.moe_layer.experts.0.fc1.weight is missing.*\(8 in all\)"):
+    with pytest.raises(UserError, match="Missing.*blocks.3.moe_layer.experts.0.fc1.weight.*experts.7.fc1.weight"):
         initialise(vit_moe, lost, stage1)
 
 
@@ -60,8 +60,8 @@ def test_weights_that_no_stage_makes_or_drops_are_errors(tmp_path):
     lost = {name: value for name, value in state.items() if name != "encoder.blocks.1.norm1.weight"}
     infinite = state["encoder.blocks.2.attn.q_bias"].clone()
     infinite[5] = math.nan
-    for broken, named in ((lost, "blocks.1.norm1.weight is missing"),
-                          (state | {"encoder.extra": torch.zeros(1)}, "extra is not expected"),
+    for broken, named in ((lost, "Missing.*blocks.1.norm1.weight"),
+                          (state | {"encoder.extra": torch.zeros(1)}, "Unexpected.*extra"),
                           (state | {"encoder.patch_embed.proj.weight": torch.zeros(128, 3, 4, 16, 16)}, "16, 16.*8, 8"),
                           (state | {"encoder.blocks.2.attn.q_bias": infinite}, "blocks.2.attn.q_bias is not finite")):
         torch.save(described(module, model=broken), path)
@@ -89,12 +89,12 @@ def test_a_head_is_kept_where_both_name_the_same_classes_in_the_same_order(their
     else:
         assert torch.equal(s4d.head["video"].weight, new_head)
         assert "made new: head\n" in said
-        assert said.endswith(f"the head of videos is new: the file's classes are {', '.join(theirs)}")
+        assert said.endswith(f"the head of videos is dropped: its classes are {', '.join(theirs)}")
 
 
 def test_a_head_that_the_model_lacks_is_dropped():
     only = S4D("tiny", CLASSES)
-    assert initialise(only, described(S4D("tiny", CLASSES, CLASSES)), "a.pt").endswith("dropped: head")
+    assert "dropped: head\n" in initialise(only, described(S4D("tiny", CLASSES, CLASSES)), "a.pt")
 
 
 # --------------------------------------------------------------------------------------- files that are no checkpoint
