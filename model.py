@@ -226,8 +226,8 @@ class Layer(nn.Module):
 class ViT(nn.Module):
     """The encoder of both stages: patch embedding, positions and layers, without a class token.
 
-    size: a Size. experts: which layers have a mixture of experts (MoAE, below), and which one, by
-    the layer's number; none in stage 1. final_norm: whether a norm ends it, as in stage 1.
+    size: a Size. experts: {i: module}, a mixture of experts for layer i (see MoAE below; stage 1
+    has none). final_norm: stage 1 ends in a LayerNorm; stage 2 has one after the mean of tokens.
     """
 
     def __init__(self, size, experts, final_norm=False):
@@ -342,8 +342,8 @@ def normalised_target(patches: Tensor):
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # As released, 1e-6 is added to the variance of pixels in [0, 1]. `values` are these pixels,
-    # shifted and divided by std. So the variance here is divided by std^2, and the 1e-6 as well.
+    # As released, 1e-6 is added to the variance of pixels in [0, 1]. `values` are such pixels
+    # divided by std, so that their variance is divided by std^2, and the 1e-6 as well.
     std = channel_values(IMAGE_STD, values.device)
     deviation = (variance + 1e-6 / std.square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
@@ -365,7 +365,7 @@ class NoisyTopKGate(nn.Module):
 
     def forward(self, x):
         """(..., d) -> weights of the chosen experts, which sum to 1, and their numbers, (..., k)"""
-        # Eq. (4): G(x) = Softmax(x W_g). Here are the scores x W_g; Eq. (6) takes the softmax.
+        # Eq. (4): G(x) = Softmax(x W_g). Here are the scores x W_g, below the softmax of k.
         logits = at_least_fp32(self.topkroute_linear(x))        # (..., n)
         if self.training:
             sigma = self.sigma
@@ -490,7 +490,8 @@ class ViTMoE(MoAE):
 MODULES = {"pretrain": MaskedAutoencoder, "finetune": S4D}      # by the stage in a checkpoint
 EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
 RELEASED_NAMES = ("patch_embed.", "blocks.", "norm.", "fc_norm.", "head.image.", "head.video.",
-                  "encoder.", "encoder_to_decoder.", "mask_token", "decoder.")
+                  "encoder.patch_embed.", "encoder.blocks.", "encoder.norm.",
+                  "encoder_to_decoder.", "mask_token", "decoder.")
 
 
 @contextmanager
