@@ -309,7 +309,7 @@ class MaskedAutoencoder(nn.Module):
             fits = hidden.dtype == torch.bool and hidden.shape == (batch, tokens)
             if not fits or not 0 < count < tokens or (hidden.sum(1) != count).any():
                 raise ValueError("expected a mask of bool (B, N) that hides as many tokens in each "
-                                 "sample, and neither none nor all")
+                                 f"sample, and not all, got {hidden.dtype} {tuple(hidden.shape)}")
         # Visible tokens first, then hidden ones, each in token order.
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)  # (B, N)
         seen = order[:, :-count]                                # (B, V)
@@ -530,7 +530,7 @@ def read_checkpoint(path) -> dict:
         checkpoint = contents if "model" in contents else {"model": contents}
         for name, value in checkpoint["model"].items():
             if not value.is_floating_point():
-                raise TypeError(f"{name} is {value.dtype}")
+                raise TypeError(f"{name} is {value.dtype}, not floating point")
         if "stage" not in checkpoint:
             return released(checkpoint["model"])
         if checkpoint["stage"] not in list(MODULES):
@@ -690,15 +690,13 @@ def main() -> None:
         print(f"{row:47}{paper:>11}  {used:.2f} / {trained:.2f}")
 
     print("Table IV, 10^12 multiply-accumulates of 100 epochs, forward")
-    images, clips = 287_568, 1_092_009  # in an epoch, Table I
-    image, clip = (1, 3, 160, 160), (1, 3, 16, 160, 160)
-    model = MaskedAutoencoder("base")
-    for row, paper, parts_of_epoch in (
-            ("images only, 75 % masked", "8.8e4", [(images, image, 0.75)]),
-            ("videos only, 90 % masked", "1.8e6", [(clips, clip, 0.90)]),
-            ("both, 90 % and 95 % masked", "1.4e6", [(images, image, 0.90), (clips, clip, 0.95)])):
+    model, image, clip = MaskedAutoencoder("base"), (1, 3, 160, 160), (1, 3, 16, 160, 160)
+    for row, paper, epoch in (          # epoch: samples (Table I), their shape, masked share
+            ("images, 75 % masked", "8.8e4", [(287_568, image, 0.75)]),
+            ("videos, 90 % masked", "1.8e6", [(1_092_009, clip, 0.90)]),
+            ("both, 90 and 95 %", "1.4e6", [(287_568, image, 0.90), (1_092_009, clip, 0.95)])):
         cost = 0
-        for samples, shape, ratio in parts_of_epoch:
+        for samples, shape, ratio in epoch:
             cost += 100 * samples * multiply_accumulates(model, shape, ratio)
         print(f"{row:47}{paper:>11}  {cost / 1e12:.2e}")
 
