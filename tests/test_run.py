@@ -70,7 +70,7 @@ def test_both_stages_run_and_say_what_they_derived(runs):
     for expected in ("M parameters; 1 process on cpu, fp32: its products take 0.50 of bf16's time here",
                      "peak learning rate", "micro-batches of 8", "'video': 124", "'image': 26"):
         assert expected in printed["pretrain"]
-    for expected in ("made new: blocks.*.moe_layer", "dropped: decoder", "last epoch",
+    for expected in ("made new: fc_norm, head, moe_layer", "dropped: decoder", "last epoch",
                      "best epoch, chosen by WAR on the test fold itself", "true \\ predicted", "most frequent class"):
         assert expected in printed["finetune"]
 
