@@ -132,7 +132,8 @@ def sincos_table(length: int, width: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of a token's pixels, (B, N, P) -> (B, N, d), by the released Conv3d."""
+    """Linear embedding of a token's pixels, (B, N, P) -> (B, N, d). Released checkpoints hold its
+    matrix as the weight of a Conv3d, so it is kept as one."""
 
     def __init__(self, size):
         super().__init__()
@@ -140,7 +141,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, size.width, kernel_size=kernel, stride=kernel)
 
     def forward(self, patches):
-        # As stride = kernel, it is a matrix product, which can leave out the hidden tokens.
+        # As stride = kernel, a matrix product does the same, and can leave out the hidden tokens.
         weight = self.proj.weight.permute(0, 2, 3, 4, 1)        # values in patchify's order
         weight = weight.flatten(1)                              # (d, P)
         return F.linear(patches, weight, self.proj.bias)
@@ -391,7 +392,7 @@ class MoAE(nn.Module):
 
     def forward(self, x):
         weights, chosen = self.router(x)                        # Eqs. (4) to (6), (B, N, k) each
-        # What follows computes, for each token, `sum(G[i] * adapter[i](x) for i in range(n))`.
+        # What follows computes, for each token, `sum(G[i] * (x + experts[i](x)) for i in range(n))`.
         # Adapters are small: all are computed side by side, and those not chosen multiplied by 0.
         w1 = torch.cat([expert.fc1.weight for expert in self.experts])      # (n r, d)
         b1 = torch.cat([expert.fc1.bias for expert in self.experts])        # (n r)
