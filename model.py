@@ -392,7 +392,7 @@ class MoAE(nn.Module):
 
     def forward(self, x):
         weights, chosen = self.router(x)                        # Eqs. (4) to (6), (B, N, k) each
-        # What follows computes, for each token, `sum(G[i] * (x + experts[i](x)) for i in range(n))`.
+        # What follows computes, per token, `sum(G[i] * (x + experts[i](x)) for i in range(n))`.
         # Adapters are small: all are computed side by side, and those not chosen multiplied by 0.
         w1 = torch.cat([expert.fc1.weight for expert in self.experts])      # (n r, d)
         b1 = torch.cat([expert.fc1.bias for expert in self.experts])        # (n r)
