@@ -62,8 +62,6 @@ def metrics(confusion: np.ndarray) -> dict:
     A class without samples has no recall (None) and is left out of UAR; one that is not predicted
     either is left out of the macro F1. Intervals are percentiles of 2,000 bootstrap samples."""
     total = int(confusion.sum())
-    if not total:
-        raise UserError("no samples to evaluate: UAR and WAR are undefined")
     uar = np.nanmean(recalls(confusion))    # unweighted: every class counts the same, however small
     war = np.trace(confusion) / total       # weighted by the classes' sizes: the accuracy
     support = confusion.sum(1)
@@ -381,9 +379,7 @@ def load_tests(run: Run, file: Path, checkpoint: dict) -> list[Samples]:
         own = name not in CATALOGUE
         # One's own single list has no test part
         split = "train" if own and len(dataset.lists) == 1 else "test"
-        fold = 1
-        if dataset.folds > 1:
-            fold = args.fold or identity.get("fold", 1)
+        fold = 1 if dataset.folds == 1 else args.fold or identity.get("fold", 1)
         # Another set of the catalogue has a stride of its own, and is not what training recorded
         same = own or name in trained_on or args.folds
         stride = identity.get("video stride") if same else None
@@ -559,7 +555,7 @@ def data_name(samples: Samples) -> str:
 
 
 def show_scores(run: Run, name: str, samples: Samples, scores: dict) -> None:
-    """Scores, recalls (Table III) and the confusion matrix (Fig. 7)."""
+    """Scores, and the confusion matrix (Fig. 7) with recalls (Table III)."""
     classes = scores["classes"]
     title = f"{name}: {np.sum(scores['confusion'])} test samples, {scores['checkpoint']}"
     run.lines.append(f"\n{title}\n{table(scores, classes)}")
@@ -569,16 +565,15 @@ def show_scores(run: Run, name: str, samples: Samples, scores: dict) -> None:
     for score in ("uar", "war"):
         interval = scores[f"{score}_interval"]
         values.append([score.upper(), scores[score], *interval, scores[f"majority_{score}"]])
-    for true, recall in zip(classes, scores["recall"]):
-        values.append([f"recall of {true}", recall, None, None, None])
     show(run, "scores", values, of=of, note=f"{title}.")
-    # Shares make classes of different sizes comparable, numbers say how much a share means
-    confusion = [["true ↓ predicted →", *classes]]
-    for true, counts, shares in zip(classes, scores["confusion"], scores["by_row"]):
+    confusion = [["true ↓ predicted →", *classes, "recall"]]
+    for i, true in enumerate(classes):
+        counts = scores["confusion"][i]
         row = [f"{true} ({sum(counts)})"]
-        for count, share in zip(counts, shares):
+        # Shares make classes of different sizes comparable, numbers say how much a share means
+        for count, share in zip(counts, scores["by_row"][i]):
             row.append(None if share is None else (share, f"{count} ({share:.0%})"))
-        confusion.append(row)
+        confusion.append([*row, scores["recall"][i]])
     show(run, "confusion", confusion, grid(confusion), of)
 
 
@@ -595,12 +590,13 @@ def show_training(run: Run, file: Path) -> None:
         scores[0] += [f"UAR, {m}s", f"WAR, {m}s"]
     tested = []                             # not after every epoch of size tiny; never in stage 1
     for record in records:
-        losses.append([record["epoch"], *record["loss"].values()])
+        losses.append([record["epoch"], *(record["loss"][m] for m in sources)])
         if "score" in record:
             tested.append(record)
             scores.append([record["epoch"]])
-            for of_source in record.get("validation", record.get("test")).values():
-                scores[-1] += [of_source["uar"], of_source["war"]]
+            for m in sources:
+                found = record.get("validation", record.get("test"))[m]
+                scores[-1] += [found["uar"], found["war"]]
     show(run, "training-loss", losses, line_chart(losses, "loss"))
     if tested:
         best = max(tested, key=lambda record: record["score"])
@@ -619,7 +615,7 @@ def show_mistakes(run: Run, model: S4D, samples: Samples) -> None:
             wrong.append((max(probabilities), i))
     data = TestData(samples, model.size)
     numbers = [["", "true", "predicted", "probability", "file"]]
-    pictures = [[""] * 5]
+    pictures = []
     for confidence, i in sorted(wrong, reverse=True)[:10]:
         file, true, predicted = rows[i][:3]
         name = f"{len(numbers)}. {true}, taken for {predicted} {confidence:.2f}"
@@ -794,7 +790,7 @@ def show_reconstructions(run: Run, file: Path, checkpoint: dict) -> None:
         index = np.linspace(0, len(samples) - 1, 8 if m == "image" else 1).astype(int)
         x = torch.stack([data[i][1][0] for i in index])
         ratio = checkpoint.get("identity", {}).get(f"{m}_mask_ratio", MASK_RATIO[m])
-        rows = [[""] * 9]
+        rows = []
         parts = reconstruct(model, x, ratio, run.process)
         for name, frames in zip(("original", "masked", "reconstructed"), parts):
             rows.append([name, *frames[:, ::model.size.tubelet].flatten(0, 1)[:8]])
@@ -815,7 +811,7 @@ def escape(value) -> str:
 
 
 def text(x: float, y: float, words, anchor: str = "middle", more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
 
 
 def text_width(cell) -> float:
@@ -881,7 +877,7 @@ def line_chart(rows: list[list], y_name: str, top: int = 0, mark: int | None = N
     across = partial(np.interp, xp=(low, high), fp=(52, 372))               # to pixels
     upward = partial(np.interp, xp=(0, top), fp=(216, 16))
     parts = [text(212, 254, x_name)]
-    parts.append(text(14, 116, y_name, more='transform="rotate(-90 14 116)"'))
+    parts.append(text(14, 116, y_name, more=' transform="rotate(-90 14 116)"'))
     for tick in range(low, high + 1, math.ceil((high - low) / 8)):
         parts.append(text(across(tick), 234, tick))
     ticks = range(0, top + 1, math.ceil(top / 8))
@@ -955,33 +951,40 @@ def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples |
 TEXTS = {  # of each kind of section: what it shows, how to read it, what the paper has of the kind
     "warning": ("Warning", "", ""),
     "scores": (
-        "How often it is right", "A recall is the share of a class that is found. UAR is their "
-        "mean, however small a class; WAR is the share of all that are right.",
+        "How often it is right", "UAR is the mean of the classes' recalls, however small a class; "
+        "WAR is the share of all that are right.",
         "UAR and WAR of DFEW 0.6680, 0.7668 (one fold 0.7058, 0.7937), FERV39K 0.4341, 0.5365, "
-        "MAFW 0.4372, 0.5844, AffectNet-7 0.6545, 0.6550: Tables II, V, VI. Recalls of DFEW: happy "
-        "0.9476, sad 0.7904, neutral 0.7460, angry 0.7980, surprise 0.6726, disgust 0.2759, fear "
-        "0.4457: Table III"),
-    "confusion": ("What is taken for what", "Of the samples of each true class (rows) the number "
-                  "and share taken for each class (columns).", "Fig. 7"),
+        "MAFW 0.4372, 0.5844, AffectNet-7 0.6545, 0.6550: Tables II, V, VI"),
+    "confusion": (
+        "What is taken for what", "Of the samples of each true class (rows) the number and share "
+        "taken for each class (columns). A class's recall is the share that is found.",
+        "Fig. 7; recalls of DFEW: happy 0.9476, sad 0.7904, neutral 0.7460, angry 0.7980, surprise "
+        "0.6726, disgust 0.2759, fear 0.4457: Table III"),
     "folds": ("Each fold by itself", "", "Section IV-A joins them"),
     "training-loss": ("Loss in training", "Mean of each epoch: it falls, then levels off.", ""),
     "training-scores": ("Scores in training", "", ""),
-    "mistakes": ("Where it is most wrong", "The mistakes of the highest probability: doubtful "
-                 "labels and badly cut faces show here first.", ""),
-    "paths": ("Paths through the experts", "A token's path is its expert of the largest weight in "
-              "each layer: the ten most frequent, as wide as their shares.", "Fig. 5, last version"),
-    "experts": ("Which experts are used", "The share of a layer's tokens that each expert "
-                "receives. Layers and experts are counted from 0.", "Fig. 5"),
-    "heads": ("Each head on the other's data", "Among the classes that both have.",
-              "UAR and WAR of AffectNet-7's head on DFEW 0.4336, 0.4713, on FERV39K 0.3234, "
-              "0.3510; on AffectNet-7 of DFEW's 0.4520, 0.4504, of FERV39K's 0.5146, 0.5138: Table "
-              "IX"),
-    "similarity": ("Do the two tasks mean the same by a class?", "Cosine of the mean features of a "
-                   "class of clips and one of images: 1 the same, 0 nothing in common.", "Fig. 4"),
-    "attention": ("Where it looks", "The first of each class. Orange: what the prediction draws on "
-                  "more than evenly (attention rollout).", "Fig. 6"),
-    "reconstructions": ("What stage 1 fills in", "Grey patches are hidden from the model. Mean and "
-                        "deviation of the predicted ones are the original's.", ""),
+    "mistakes": (
+        "Where it is most wrong", "The mistakes of the highest probability: doubtful labels and "
+        "badly cut faces show here first.", ""),
+    "paths": (
+        "Paths through the experts", "A token's path is its expert of the largest weight in each "
+        "layer: the ten most frequent, as wide as their shares.", "Fig. 5, latest version"),
+    "experts": (
+        "Which experts are used", "The share of a layer's tokens that each expert receives. Layers "
+        "and experts are counted from 0.", "Fig. 5"),
+    "heads": (
+        "Each head on the other's data", "Among the classes that both have.",
+        "UAR and WAR of AffectNet-7's head on DFEW 0.4336, 0.4713, on FERV39K 0.3234, 0.3510; on "
+        "AffectNet-7 of DFEW's 0.4520, 0.4504, of FERV39K's 0.5146, 0.5138: Table IX"),
+    "similarity": (
+        "Do the two tasks mean the same by a class?", "Cosine of the mean features of a class of "
+        "clips and one of images: 1 the same, 0 nothing in common.", "Fig. 4"),
+    "attention": (
+        "Where it looks", "The first of each class. Orange: what the prediction draws on more than "
+        "evenly (attention rollout).", "Fig. 6"),
+    "reconstructions": (
+        "What stage 1 fills in", "Grey patches are hidden from the model. Mean and deviation of "
+        "the predicted ones are the original's.", ""),
     "video": ("Video", "Below: frames as the model sees them.", ""),
     "image": ("Image", "As the model sees it, with the probability of each class.", ""),
     "settings": ("Settings, data and versions", "As the checkpoint records them.", "")}

@@ -139,7 +139,7 @@ def test_a_page_shows_everything(pages):
 def test_figures_show_numbers_where_they_belong():
     cells = [["", "a", "b"], ["x", 0.5, (-1.0, "minus")], ["y", None, "word"]]
     drawing = grid(cells)
-    assert 'fill="#1f77b4" opacity="0.35"' in drawing and 'fill="#d95f0e" opacity="0.7"' in drawing
+    assert 'fill="#1f77b4" opacity="0.35"' in drawing and 'fill="#d95f0e" opacity="0.70"' in drawing
     assert re.findall(">([^<>]+)</text>", drawing) == ["x", "y", "a", "0.50", "-", "b", "minus", "word"]
     chart = line_chart([["epoch", "a", "b"], [1, 0.0, 0.5], [2, 1.0, 0.5], [3, 0.5, 1.0]], "loss", 1, mark=1)
     b, a = (path.split("L") for path in re.findall('<path d="M([^"]+)h0"', chart))
