@@ -198,24 +198,19 @@ def observe(model: S4D, data: TestData, process: Process, workers: int,
         rows[index] = row.unflatten(0, views.shape[:2]).mean(1).cpu()  # here a GPU is waited for
     for hook in hooks:
         hook.remove()
-    # Every sample's row is zero in all processes but one
-    rows = process.sum(process.upload(rows)).cpu()
+    if process.world > 1:                   # every sample's row is zero in all processes but one
+        rows = process.sum(process.upload(rows)).cpu()
     features, *heads = [part.numpy() for part in rows.split(widths, 1)]
     activation = process.sum(activation).cpu().numpy()
-    frequent = frequent_paths(process.sum(paths).cpu())
-    return Observed(dict(zip(model.head, heads)), features, activation, frequent)
-
-
-def frequent_paths(paths: torch.Tensor) -> list[tuple[list[int], float]]:
-    """The ten most frequent paths of tokens, as counted by `observe`, and their shares."""
+    paths = process.sum(paths).cpu()
     tokens = paths.sum().item()
     counts, places = paths.flatten().topk(min(10, paths.numel()))
     frequent = []
     for count, place in zip(counts.tolist(), places.tolist()):
         if count:
-            path = np.array(np.unravel_index(place, paths.shape))[::-1]     # the first layer first
-            frequent.append((path.tolist(), count / tokens))
-    return frequent
+            path = np.unravel_index(place, paths.shape)[::-1]               # the first layer first
+            frequent.append(([int(expert) for expert in path], count / tokens))
+    return Observed(dict(zip(model.head, heads)), features, activation, frequent)
 
 
 SAME_CLASS = {"happiness": "happy", "sadness": "sad", "anger": "angry"}  # as data sets spell them
@@ -471,8 +466,8 @@ def evaluate_sets(run: Run, file: Path, checkpoint: dict) -> None:
 # --------------------------------------------------------------------------- own images and videos
 
 def covering_frames(n: int, frames: int, stride: int, most: int = 64) -> list[int]:
-    """Frame numbers of clips that cover a video of n frames, joined: each overlaps half of the next,
-    or there are `most`, spread evenly."""
+    """Frame numbers of clips that cover a video of n frames, joined: each overlaps half of the
+    next, or there are `most`, spread evenly."""
     every = np.arange(0, n, stride)
     every = np.pad(every, (0, max(0, frames - len(every))), "edge")
     last = len(every) - frames
@@ -909,18 +904,6 @@ def line_chart(rows: list[list], y_name: str, top: int = 0, mark: int | None = N
     return svg(422 + max(map(text_width, names)), height, parts)
 
 
-def html_table(rows: list[list]) -> str:
-    """A table whose first row and column are names."""
-    lines = []
-    for name, *cells in rows:
-        tag = "td" if lines else "th scope=col"
-        line = f"<tr><th scope=row>{escape(name)}</th>"
-        for cell in cells:
-            line += f"<{tag}>{escape(shown(cell))}</{tag[:2]}>"
-        lines.append(line + "</tr>\n")
-    return f"<table>{''.join(lines)}</table>"
-
-
 def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples | str = "",
          note: str = "") -> None:
     """Add a section to the page: a drawing and numbers, whose first row and column are names."""
@@ -943,48 +926,46 @@ def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples |
     if rows:
         run.numbers[name] = rows
         state = "" if drawing else "open"
-        table = f"{box} role=region>{html_table(rows)}</div>"
-        body += f"<details {state}><summary>In numbers</summary>{table}</details>"
+        body += f"<details {state}><summary>In numbers</summary>{box} role=region><table>"
+        for row in rows:
+            tag = "th scope=col" if row is rows[0] else "td"
+            body += f"<tr><th scope=row>{escape(row[0])}</th>"
+            for cell in row[1:]:
+                body += f"<{tag}>{escape(shown(cell))}</{tag[:2]}>"
+            body += "</tr>\n"
+        body += "</table></div></details>"
     run.sections.append(f'<section id="{name}">{body}</section>\n')
 
 
 TEXTS = {  # of each kind of section: what it shows, how to read it, what the paper has of the kind
     "warning": ("Warning", "", ""),
-    "scores": (
-        "How often it is right", "UAR is the mean of the classes' recalls, however small a class; "
-        "WAR is the share of all that are right.",
-        "UAR and WAR of DFEW 0.6680, 0.7668 (one fold 0.7058, 0.7937), FERV39K 0.4341, 0.5365, "
-        "MAFW 0.4372, 0.5844, AffectNet-7 0.6545, 0.6550: Tables II, V, VI"),
-    "confusion": (
-        "What is taken for what", "Of the samples of each true class (rows) the number and share "
-        "taken for each class (columns). A class's recall is the share that is found.",
-        "Fig. 7; recalls of DFEW: happy 0.9476, sad 0.7904, neutral 0.7460, angry 0.7980, surprise "
-        "0.6726, disgust 0.2759, fear 0.4457: Table III"),
+    "scores": ("How often it is right", "UAR is the mean of the classes' recalls, however small a "
+               "class; WAR is the share of all that are right.",
+               "UAR and WAR of DFEW 0.6680, 0.7668 (one fold 0.7058, 0.7937), FERV39K 0.4341, "
+               "0.5365, MAFW 0.4372, 0.5844, AffectNet-7 0.6545, 0.6550: Tables II, V, VI"),
+    "confusion": ("What is taken for what", "Of each true class (rows) the number and share taken "
+                  "for each class (columns). Its recall is the share that is found.",
+                  "Fig. 7; recalls of DFEW: happy 0.9476, sad 0.7904, neutral 0.7460, angry "
+                  "0.7980, surprise 0.6726, disgust 0.2759, fear 0.4457: Table III"),
     "folds": ("Each fold by itself", "", "Section IV-A joins them"),
     "training-loss": ("Loss in training", "Mean of each epoch: it falls, then levels off.", ""),
     "training-scores": ("Scores in training", "", ""),
-    "mistakes": (
-        "Where it is most wrong", "The mistakes of the highest probability: doubtful labels and "
-        "badly cut faces show here first.", ""),
-    "paths": (
-        "Paths through the experts", "A token's path is its expert of the largest weight in each "
-        "layer: the ten most frequent, as wide as their shares.", "Fig. 5, latest version"),
-    "experts": (
-        "Which experts are used", "The share of a layer's tokens that each expert receives. Layers "
-        "and experts are counted from 0.", "Fig. 5"),
-    "heads": (
-        "Each head on the other's data", "Among the classes that both have.",
-        "UAR and WAR of AffectNet-7's head on DFEW 0.4336, 0.4713, on FERV39K 0.3234, 0.3510; on "
-        "AffectNet-7 of DFEW's 0.4520, 0.4504, of FERV39K's 0.5146, 0.5138: Table IX"),
-    "similarity": (
-        "Do the two tasks mean the same by a class?", "Cosine of the mean features of a class of "
-        "clips and one of images: 1 the same, 0 nothing in common.", "Fig. 4"),
-    "attention": (
-        "Where it looks", "The first of each class. Orange: what the prediction draws on more than "
-        "evenly (attention rollout).", "Fig. 6"),
-    "reconstructions": (
-        "What stage 1 fills in", "Grey patches are hidden from the model. Mean and deviation of "
-        "the predicted ones are the original's.", ""),
+    "mistakes": ("Where it is most wrong", "Those of the highest probability: doubtful labels and "
+                 "badly cut faces show here first.", ""),
+    "paths": ("Paths through the experts", "A token's path is its expert of the largest weight in "
+              "each layer. The ten most frequent are as wide as their shares.",
+              "Fig. 5, latest version"),
+    "experts": ("Which experts are used", "The share of a layer's tokens that each expert "
+                "receives. Layers and experts are counted from 0.", "Fig. 5"),
+    "heads": ("Each head on the other's data", "Among the classes that both have.",
+              "UAR and WAR of AffectNet-7's head on DFEW 0.4336, 0.4713, on FERV39K 0.3234, "
+              "0.3510; on AffectNet-7 DFEW's 0.4520, 0.4504, FERV39K's 0.5146, 0.5138: Table IX"),
+    "similarity": ("Do the two tasks mean the same by a class?", "Cosine of the mean features of a "
+                   "class of clips and one of images: 1 the same, 0 nothing in common.", "Fig. 4"),
+    "attention": ("Where it looks", "The first of each class. Orange: what the prediction draws on "
+                  "more than evenly (attention rollout).", "Fig. 6"),
+    "reconstructions": ("What stage 1 fills in", "Grey patches are hidden from the model. Mean and "
+                        "deviation of the predicted ones are the original's.", ""),
     "video": ("Video", "Below: frames as the model sees them.", ""),
     "image": ("Image", "As the model sees it, with the probability of each class.", ""),
     "settings": ("Settings, data and versions", "As the checkpoint records them.", "")}

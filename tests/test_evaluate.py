@@ -513,10 +513,11 @@ def test_test_clips_are_cut_as_in_training(faces, tmp_path):
     save(tmp_path / "cut.pt", crop=(4, 0, 40, 48), image_dataset="none")
     save(tmp_path / "whole.pt", image_dataset="none")
     found = []
-    for file, *more in (["cut"], ["whole", "--dataset", "synthetic", "--crop", "4,0,40,48"], ["whole"]):
+    crop = ("--crop", "4,0,40,48")
+    for file, *more in (["cut"], ["whole", "--dataset", "synthetic", *crop], ["whole", *crop], ["whole"]):
         run_here(tmp_path, "evaluate.py", "--checkpoint", f"{file}.pt", "--data-root", faces, *more, "--report", "out")
         found.append(read_csv(tmp_path / "out/predictions-videos.csv"))
-    assert found[0] == found[1] != found[2]
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, own, faces, tmp_path):
