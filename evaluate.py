@@ -553,23 +553,20 @@ def show_scores(run: Run, name: str, samples: Samples, scores: dict) -> None:
     """Scores, and the confusion matrix (Fig. 7) with recalls (Table III)."""
     classes = scores["classes"]
     title = f"{name}: {np.sum(scores['confusion'])} test samples, {scores['checkpoint']}"
-    run.lines.append(f"\n{title}\n{table(scores, classes)}")
+    words = table(scores, classes)
+    run.lines.append(f"\n{title}\n{words}")
     run.numbers[samples.name] = scores
-    of = f"test {samples.modality}s of {name}"
-    values = [["", "value", "95 % interval from", "to", "always the most frequent class"]]
-    for score in ("uar", "war"):
-        interval = scores[f"{score}_interval"]
-        values.append([score.upper(), scores[score], *interval, scores[f"majority_{score}"]])
-    show(run, "scores", values, of=of, note=f"{title}.")
-    confusion = [["true ↓ predicted →", *classes, "recall"]]
+    rows = [["true ↓ predicted →", *classes, "recall"]]
     for i, true in enumerate(classes):
         counts = scores["confusion"][i]
         row = [f"{true} ({sum(counts)})"]
         # Shares make classes of different sizes comparable, numbers say how much a share means
         for count, share in zip(counts, scores["by_row"][i]):
             row.append(None if share is None else (share, f"{count} ({share:.0%})"))
-        confusion.append([*row, scores["recall"][i]])
-    show(run, "confusion", confusion, grid(confusion), of)
+        rows.append([*row, scores["recall"][i]])
+    scored, baseline, *_ = words.splitlines()
+    of = f"test {samples.modality}s of {name}"
+    show(run, "scores", rows, grid(rows), of, f"{title}. {scored}; {baseline}.")
 
 
 def show_training(run: Run, file: Path) -> None:
@@ -605,20 +602,16 @@ def show_mistakes(run: Run, model: S4D, samples: Samples) -> None:
     """The ten most confident mistakes, with their frames."""
     _, *rows = run.predictions[samples.modality]
     wrong = []
-    for i, (_, true, predicted, *probabilities) in enumerate(rows):
+    for i, (file, true, predicted, *probabilities) in enumerate(rows):
         if true != predicted:
-            wrong.append((max(probabilities), i))
+            wrong.append((max(probabilities), i, f"{true}, taken for {predicted}", file))
     data = TestData(samples, model.size)
-    numbers = [["", "true", "predicted", "probability", "file"]]
     pictures = []
-    for confidence, i in sorted(wrong, reverse=True)[:10]:
-        file, true, predicted = rows[i][:3]
-        name = f"{len(numbers)}. {true}, taken for {predicted} {confidence:.2f}"
-        numbers.append([len(numbers), true, predicted, confidence, file])
-        frames = data[i][1].flatten(0, -4)                                  # (v T, 3, H, W)
-        pictures.append([name, *frames[::model.size.frames // 2]])          # four of two clips
+    for confidence, i, words, file in sorted(wrong, reverse=True)[:10]:
+        frames = data[i][1].flatten(0, -4)[::model.size.frames // 2]        # four of two clips
+        pictures.append([f"{file}: {words} {confidence:.2f}", *frames])
     if wrong:
-        show(run, "mistakes", numbers, grid(pictures), samples)
+        show(run, "mistakes", [], grid(pictures), samples)
 
 
 def cross_task(samples: Samples, probabilities: np.ndarray, classes: list[str]) -> dict | None:
@@ -911,13 +904,10 @@ def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples |
         return
     if isinstance(of, Samples):
         of = f"test {of.modality}s of {data_name(of)}"
-    title, how_to_read, paper = TEXTS[kind]
+    title = kind.replace("-", " ").capitalize()
     title = escape(f"{title}: {of}" if of else title)
     name = re.sub(r"\W+", "-", f"{kind} {of}"[:80]).strip("-")
-    body = f"<h2>{title}</h2><p>{escape(note)} {escape(how_to_read)}"
-    if paper:
-        body += f" <small>In the paper: {paper}.</small>"
-    body += "</p>"
+    body = f"<h2>{title}</h2><p>{escape(note)}</p><p>{TEXTS.get(kind, '')}</p>"
     # A box that scrolls must be reached by the keyboard and be named
     box = f'<div class=scroll tabindex=0 aria-label="{title}"'
     if drawing:
@@ -937,38 +927,34 @@ def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples |
     run.sections.append(f'<section id="{name}">{body}</section>\n')
 
 
-TEXTS = {  # of each kind of section: what it shows, how to read it, what the paper has of the kind
-    "warning": ("Warning", "", ""),
-    "scores": ("How often it is right", "UAR is the mean of the classes' recalls, however small a "
-               "class; WAR is the share of all that are right.",
-               "UAR and WAR of DFEW 0.6680, 0.7668 (one fold 0.7058, 0.7937), FERV39K 0.4341, "
-               "0.5365, MAFW 0.4372, 0.5844, AffectNet-7 0.6545, 0.6550: Tables II, V, VI"),
-    "confusion": ("What is taken for what", "Of each true class (rows) the number and share taken "
-                  "for each class (columns). Its recall is the share that is found.",
-                  "Fig. 7; recalls of DFEW: happy 0.9476, sad 0.7904, neutral 0.7460, angry "
-                  "0.7980, surprise 0.6726, disgust 0.2759, fear 0.4457: Table III"),
-    "folds": ("Each fold by itself", "", "Section IV-A joins them"),
-    "training-loss": ("Loss in training", "Mean of each epoch: it falls, then levels off.", ""),
-    "training-scores": ("Scores in training", "", ""),
-    "mistakes": ("Where it is most wrong", "Those of the highest probability: doubtful labels and "
-                 "badly cut faces show here first.", ""),
-    "paths": ("Paths through the experts", "A token's path is its expert of the largest weight in "
-              "each layer. The ten most frequent are as wide as their shares.",
-              "Fig. 5, latest version"),
-    "experts": ("Which experts are used", "The share of a layer's tokens that each expert "
-                "receives. Layers and experts are counted from 0.", "Fig. 5"),
-    "heads": ("Each head on the other's data", "Among the classes that both have.",
-              "UAR and WAR of AffectNet-7's head on DFEW 0.4336, 0.4713, on FERV39K 0.3234, "
-              "0.3510; on AffectNet-7 DFEW's 0.4520, 0.4504, FERV39K's 0.5146, 0.5138: Table IX"),
-    "similarity": ("Do the two tasks mean the same by a class?", "Cosine of the mean features of a "
-                   "class of clips and one of images: 1 the same, 0 nothing in common.", "Fig. 4"),
-    "attention": ("Where it looks", "The first of each class. Orange: what the prediction draws on "
-                  "more than evenly (attention rollout).", "Fig. 6"),
-    "reconstructions": ("What stage 1 fills in", "Grey patches are hidden from the model. Mean and "
-                        "deviation of the predicted ones are the original's.", ""),
-    "video": ("Video", "Below: frames as the model sees them.", ""),
-    "image": ("Image", "As the model sees it, with the probability of each class.", ""),
-    "settings": ("Settings, data and versions", "As the checkpoint records them.", "")}
+TEXTS = {  # how to read each kind of section, and what the paper has of it; as HTML
+    "scores": "UAR is the mean of the classes' recalls, however small a class; WAR is the share of "
+              "all that are right. Below, of each true class (rows) the number and share taken for "
+              "each class (columns), and its recall, the share found. <small>Paper: UAR and WAR of "
+              "DFEW 0.6680, 0.7668 (one fold 0.7058, 0.7937), FERV39K 0.4341, 0.5365, MAFW 0.4372, "
+              "0.5844, AffectNet-7 0.6545, 0.6550, Tables II, V, VI; recalls of DFEW: happy "
+              "0.9476, sad 0.7904, neutral 0.7460, angry 0.7980, surprise 0.6726, disgust 0.2759, "
+              "fear 0.4457, Table III; Fig. 7</small>",
+    "training-loss": "Mean of each epoch: it falls, then levels off.",
+    "mistakes": "Those of the highest probability: doubtful labels and badly cut faces show here.",
+    "paths": "A token's path through the experts is its expert of the largest weight in each layer: "
+             "the ten most frequent, as wide as their shares. <small>Paper: Fig. 5, latest "
+             "version</small>",
+    "experts": "The share of a layer's tokens that each expert receives. Layers and experts are "
+               "counted from 0. <small>Paper: Fig. 5</small>",
+    "heads": "Each head on the other's data, among the classes that both have. <small>Paper: UAR "
+             "and WAR of AffectNet-7's head on DFEW 0.4336, 0.4713, on FERV39K 0.3234, 0.3510; on "
+             "AffectNet-7 DFEW's 0.4520, 0.4504, FERV39K's 0.5146, 0.5138, Table IX</small>",
+    "similarity": "Do both tasks mean the same by a class? Cosine of the mean features of a class "
+                  "of clips and one of images: 1 the same, 0 nothing in common. <small>Paper: Fig. "
+                  "4</small>",
+    "attention": "The first of each class. Orange: what the prediction draws on more than evenly "
+                 "(attention rollout). <small>Paper: Fig. 6</small>",
+    "reconstructions": "What stage 1 fills in: grey patches are hidden from it. Mean and deviation "
+                       "of the predicted ones are the original's.",
+    "video": "Below: frames as the model sees them.",
+    "image": "As the model sees it, with the probability of each class.",
+    "settings": "Settings, data and versions, as the checkpoint records them."}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>

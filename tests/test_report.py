@@ -126,7 +126,7 @@ def test_a_page_shows_everything(pages):
     page = Page((pages["run"] / "report.html").read_text(encoding="utf-8"))
     assert {section["id"] for section in page.all("section")} == {
         *(f"{part}-test-{data}" for data in ("videos-of-synthetic-fold-1", "images-of-synthetic-images")
-          for part in ("scores", "confusion", "mistakes", "paths", "attention")),
+          for part in ("scores", "mistakes", "paths", "attention")),
         "training-loss", "training-scores", "experts", "heads", "similarity", "settings"}
     words = "".join(page.words)
     assert "the best epoch, 4, chosen by WAR" in words
