@@ -446,7 +446,6 @@ def evaluate_folds(run: Run) -> None:
 def evaluate_sets(run: Run, file: Path, checkpoint: dict) -> None:
     """A fine-tuned checkpoint on its test data and, for a report, everything else."""
     model = load_model(run, file, checkpoint)
-    report = run.args.report and run.process.main
     tested = {}
     for samples in load_tests(run, file, checkpoint):
         scores, seen = evaluate_set(run, file, model, samples)
@@ -454,9 +453,9 @@ def evaluate_sets(run: Run, file: Path, checkpoint: dict) -> None:
             scores["checkpoint"] += f" after epoch {checkpoint['state']['epoch']}"
         show_scores(run, data_name(samples), samples, scores)
         tested[samples.modality] = samples, seen
-        if report:
+    if run.args.report and run.process.main:
+        for samples, _ in tested.values():
             show_mistakes(run, model, samples)
-    if report:
         show_training(run, file)
         show_experts(run, model, tested)
         show_tasks(run, model, tested)
@@ -649,12 +648,11 @@ def show_experts(run: Run, model: S4D, tested: dict) -> None:
             shares.append([f"{m}s, layer {layer}", *gate["share"]])
         paths, of_tokens = zip(*seen.paths)
         rows = [["layer"], *zip(layers[-len(paths[0]):], *paths)]
-        for path, share in seen.paths:
-            rows[0].append(f"{'-'.join(map(str, path))}: {share:.1%}")
-        widths = [12 * share / of_tokens[0] for share in of_tokens]
-        colours = [*COLOURS[:2], *["#999"] * 8]
-        drawing = line_chart(rows, "expert", experts - 1, widths=widths, colours=colours)
-        show(run, "paths", rows, drawing, samples)
+        pens = []
+        for i, share in enumerate(of_tokens):
+            rows[0].append(f"{'-'.join(map(str, paths[i]))}: {share:.1%}")
+            pens.append((COLOURS[i] if i < 2 else "#999", 12 * share / of_tokens[0]))
+        show(run, "paths", rows, line_chart(rows, "expert", experts - 1, pens=pens), samples)
     show(run, "experts", shares, grid(shares, high=1 / model.architecture["k"]))
 
 
@@ -852,11 +850,11 @@ def grid(rows: list[list], high: float = 1.0) -> str:
     return svg(x, y, parts)
 
 
-def line_chart(rows: list[list], y_name: str, top: int = 0, mark: int | None = None, widths=None,
-               colours=COLOURS, pictures=None) -> str:
-    """A table as SVG: a line for each column over the first one, y from 0 to `top`. mark: where on
-    that axis a dashed line stands. pictures: of the rows, uint8 (n, 3, h, w); at most eight are put
-    below it."""
+def line_chart(rows: list[list], y_name: str, top: int = 0, mark: int | None = None, pens=(),
+               pictures=None) -> str:
+    """A table as SVG: a line for each column over the first one, y from 0 to `top`. mark: where
+    across a dashed line stands. pens: colour and width of the lines. pictures: of the rows, uint8
+    (n, 3, h, w); at most eight are put below the axis."""
     (x_name, *names), *rows = rows
     xs, *lines = np.array(rows, float).T
     low = math.floor(xs[0])
@@ -878,9 +876,10 @@ def line_chart(rows: list[list], y_name: str, top: int = 0, mark: int | None = N
     if mark is not None:
         line = f"M{across(mark):.1f} 16V216"
         parts.append(f'<path d="{line}" stroke="black" stroke-dasharray="4 4"/>')
+    pens = pens or [(colour, 2) for colour in COLOURS]
     for i in reversed(range(len(names))):   # the first line on top of the others
-        width = widths[i] if widths else 2
-        style = f'stroke="{colours[i % len(colours)]}" stroke-width="{width:.1f}"'
+        colour, width = pens[i % len(pens)]
+        style = f'stroke="{colour}" stroke-width="{width:.1f}"'
         points = []
         for x, y in zip(across(xs), upward(lines[i])):
             points.append(f"{x:.1f} {y:.1f}")
@@ -917,11 +916,14 @@ def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples |
         run.numbers[name] = rows
         state = "" if drawing else "open"
         body += f"<details {state}><summary>In numbers</summary>{box} role=region><table>"
-        for row in rows:
-            tag = "th scope=col" if row is rows[0] else "td"
-            body += f"<tr><th scope=row>{escape(row[0])}</th>"
-            for cell in row[1:]:
-                body += f"<{tag}>{escape(shown(cell))}</{tag[:2]}>"
+        for i, row in enumerate(rows):
+            body += "<tr>"
+            for j, cell in enumerate(row):
+                words = escape(shown(cell))
+                if i and j:
+                    body += f"<td>{words}</td>"
+                else:
+                    body += f"<th scope={'row' if i else 'col'}>{words}</th>"
             body += "</tr>\n"
         body += "</table></div></details>"
     run.sections.append(f'<section id="{name}">{body}</section>\n')
@@ -937,8 +939,8 @@ TEXTS = {  # how to read each kind of section, and what the paper has of it; as 
               "fear 0.4457, Table III; Fig. 7</small>",
     "training-loss": "Mean of each epoch: it falls, then levels off.",
     "mistakes": "Those of the highest probability: doubtful labels and badly cut faces show here.",
-    "paths": "A token's path through the experts is its expert of the largest weight in each layer: "
-             "the ten most frequent, as wide as their shares. <small>Paper: Fig. 5, latest "
+    "paths": "A token's path through the experts is its expert of the largest weight in each "
+             "layer: the ten most frequent, as wide as their shares. <small>Paper: Fig. 5, latest "
              "version</small>",
     "experts": "The share of a layer's tokens that each expert receives. Layers and experts are "
                "counted from 0. <small>Paper: Fig. 5</small>",
