@@ -198,7 +198,7 @@ def reconstruction() -> Image.Image:
     index = [int(np.flatnonzero(samples.labels == label)[0]) for label in range(len(samples.classes))]
     x = torch.cat([data[i][1] for i in index])                              # (7, 3, H, W)
     with torch.no_grad():
-        frames, _, _ = reconstruct(model, x, TINY["image_mask_ratio"], start("tiny"))
+        frames = reconstruct(model, x, TINY["image_mask_ratio"], start("tiny"))
     labels = ("original", "visible", "reconstructed")
     return sheet({label: part[:, 0] for label, part in zip(labels, frames)}, zoom=2)
 
