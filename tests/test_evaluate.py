@@ -4,6 +4,7 @@ import csv
 import filecmp
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -112,14 +113,13 @@ def test_folds_of_different_sizes_are_concatenated_not_averaged():
 
 
 def test_a_table_is_markdown_and_aligned():
-    text = markdown(["", "UAR", "n"], [["a|b", 0.5, 12], ["long\nname", None, None]])
+    text = markdown(["", "UAR", "n"], [["a", 0.5, 12], ["long name", None, None]])
     assert text.split("\n") == ["|           |    UAR |  n |", "| --------- | -----: | -: |",
-                                "| a\\|b      | 0.5000 | 12 |", "| long name |      - |  - |"]
+                                "| a         | 0.5000 | 12 |", "| long name |      - |  - |"]
     lines = table(metrics(np.array([[3, 0], [1, 0]])), ("happy", "sad")).split("\n")
     assert lines[0].startswith("UAR 0.5000 (0.5000 to 1.0000)  WAR 0.7500 (")
     assert lines[1] == "always the most frequent class: UAR 0.5000  WAR 0.7500"
     assert [cell.strip() for cell in lines[5].split("|")[1:-1]] == ["happy", "3", "0", "1.0000"]
-    assert lines[-1] == "never predicted: sad"
 
 
 def test_gate_statistics_are_shares_of_each_layer():
@@ -230,9 +230,9 @@ def test_data_may_have_fewer_classes_than_the_model(faces, monkeypatch):
     scores, _ = evaluate.evaluate(model, samples, CPU, 0)
     assert scores["recall"] == [1, 0.5, None, None, None, None, 1] and scores["war"] == 0.8
     assert np.array(scores["confusion"]).shape == (7, 7)
-    with pytest.raises(UserError, match="classes \\['bored'\\], which the model has not. Its classes: happy, sad"):
+    with pytest.raises(UserError, match="'bored'\\]: expected classes that the model was trained on, \\['happy', 'sad'"):
         evaluate.evaluate(model, replace(samples, classes=("sad", "happy", "bored")), CPU, 0)
-    with pytest.raises(UserError, match="trained without videos"):
+    with pytest.raises(UserError, match="synthetic has videos of the classes .*, \\[\\]"):
         evaluate.evaluate(S4D("tiny", IMAGE_CLASSES, []), samples, CPU, 0)
 
 
@@ -351,7 +351,7 @@ def test_own_lists_and_a_head_without_names_which_serves_only_a_set_of_the_catal
     text = run_here(own, *command, "synthetic")
     assert f"taken as those of synthetic, in its order: {', '.join(CLIP_CLASSES)}" in text
     text = run_here(own, *command, f"{own}/clips/train.csv,{own}/clips/test.csv", status=1)
-    assert "does not name its 7 video classes: --dataset must be a set of the catalogue" in text
+    assert "expected classes that the model was trained on, ['class 0', 'class 1'" in text
     run_here(own, "evaluate.py", "--checkpoint", "run/best.pt", "--workers", 1, "--report", "out")
     for kind, count in (("videos", 7), ("images", 14)):     # both lists are called test.csv
         assert len(read_csv(own / f"out/predictions-{kind}.csv")) == count
@@ -388,8 +388,8 @@ def test_two_processes_write_the_report_of_one(runs, faces):
     assert results["similarity"][0][1:] == ["happy", "sad", "neutral", "anger", "surprise", "disgust", "fear"]
     assert results["similarity"][2][0] == "sad" and results["similarity"][2][6] == pytest.approx(
         similarity_of(runs, faces, "sad", "disgust"), abs=0.02)
-    assert "reconstructions-test-images-of-synthetic-images.svg" in written
-    _, true, predicted, confidence, _ = zip(*results["mistakes-test-images-of-synthetic-images"][1:])
+    drawing = (runs / "report1/mistakes-test-images-of-synthetic-images.svg").read_text(encoding="utf-8")
+    true, predicted, confidence = zip(*re.findall(r"jpg: (\w+), taken for (\w+) (0\.\d+)<", drawing))
     assert list(confidence) == sorted(confidence, reverse=True) and not any(map(str.__eq__, true, predicted))
 
 
@@ -515,10 +515,11 @@ def test_test_clips_are_cut_as_in_training(faces, tmp_path):
     save(tmp_path / "cut.pt", crop=(4, 0, 40, 48), image_dataset="none")
     save(tmp_path / "whole.pt", image_dataset="none")
     found = []
-    for file, *more in (["cut"], ["whole", "--dataset", "synthetic", "--crop", "4,0,40,48"], ["whole"]):
+    crop = ("--crop", "4,0,40,48")
+    for file, *more in (["cut"], ["whole", "--dataset", "synthetic", *crop], ["whole", *crop], ["whole"]):
         run_here(tmp_path, "evaluate.py", "--checkpoint", f"{file}.pt", "--data-root", faces, *more, "--report", "out")
         found.append(read_csv(tmp_path / "out/predictions-videos.csv"))
-    assert found[0] == found[1] != found[2]
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 def test_own_media_that_cannot_be_used_are_named_before_any_work(runs, own, faces, tmp_path):
@@ -548,7 +549,6 @@ def test_a_stage_1_checkpoint_is_shown_by_its_reconstructions(runs, own, faces, 
     (["--checkpoint", "a.pt", "--folds", "b.pt"], "argument --folds: not allowed with argument --checkpoint"),
     (["--folds", "a.pt"], "--folds expects --dataset"),
     (["--folds", "a.pt", "--dataset", "dfew", "--fold", "2"], "--folds expects --dataset, and neither FILE nor --fold"),
-    (["--checkpoint", "a.pt", "--crop", "1,2,3,4"], "--crop cuts the face out of FILE"),
     (["--checkpoint", "a.pt", "--crop", "1,2,3", "clip.mp4"], "argument --crop: invalid box value: '1,2,3'")])
 def test_wrong_commands_say_what_they_expect(tmp_path, arguments, expected):
     assert expected in run_here(tmp_path, "evaluate.py", *arguments, status=2)
