@@ -35,8 +35,6 @@ from tqdm import tqdm
 
 from model import IMAGE_MEAN, IMAGE_STD, Size, UserError, channel_values
 
-WHOLE = (0, 0, 1, 1)                        # a frame's part as fractions (top, left, height, width)
-
 
 @dataclass
 class Samples:
@@ -52,8 +50,7 @@ class Samples:
     rate: float | None = None               # frames a second that stride counts; None: the file's
     people: np.ndarray | None = None        # (n,) bytes: who is seen, where that is known
     fold: int = 1
-    crop: tuple[float, float, float, float] = WHOLE     # what stage 1 sees of a frame
-    box: tuple[int, int, int, int] | None = None        # --crop: left, top, width, height
+    box: tuple[int, int, int, int] | None = None        # of every frame: left, top, width, height
     notes: tuple[str, ...] = ()             # what was recognised, to be printed
     frames_as_images: bool = False          # a random frame stands for an image (Table IV, row 5)
 
@@ -117,14 +114,12 @@ def pad(numbers: list[int], length: int) -> list[int]:
 
 # ----------------------------------------------------------------------------------- augmentation
 
-def frame_transform(stage: str, samples: Samples, pixels: int,
-                    strength: str = "paper") -> v2.Transform:
+def frame_transform(stage: str, modality: str, pixels: int, strength: str = "paper") -> Callable:
     """What every frame goes through as it is read, (3, h, w) -> (3, h', w'): nothing random, and
     from there on memory follows the model's frames. stage, strength: as of `augmentation`."""
     if stage == "pretrain":                 # `augmentation` crops: only large frames shrink here
-        crop = partial(fixed_crop, part=samples.crop)
-        return v2.Compose([crop, partial(shrink, most=2 * pixels)])
-    if stage == "finetune" and samples.modality == "image" and strength == "paper":
+        return partial(shrink, most=2 * pixels)
+    if modality == "image" and strength == "paper":
         pixels = pixels * 6 // 5            # 192 for 160
     return v2.Resize((pixels, pixels), antialias=True)
 
@@ -175,22 +170,16 @@ class PixelErasing(v2.RandomErasing):
         return params
 
 
-def fixed_crop(x: torch.Tensor, part: tuple[float, float, float, float]) -> torch.Tensor:
-    """A fixed part of a frame, as fractions (top, left, height, width) of its size."""
-    h, w = x.shape[-2:]
-    top, left, height, width = part
-    box = [round(top * h), round(left * w), round(height * h), round(width * w)]
-    return v2.functional.crop(x, *box)
-
-
 def boxed(x: torch.Tensor, box: tuple[int, int, int, int], path: Path) -> torch.Tensor:
     """The box (left, top, width, height), in pixels, of a frame of the file `path`. UserError if
     the frame does not hold it."""
     h, w = x.shape[-2:]
     left, top, width, height = box
-    if left + width > w or top + height > h:
+    right = left + width
+    bottom = top + height
+    if right > w or bottom > h:
         raise UserError(f"{path}, {w} x {h} pixels, does not hold --crop {box} (x,y,width,height)")
-    return v2.functional.crop(x, top, left, height, width)
+    return x[..., top:bottom, left:right]
 
 
 def shrink(x: torch.Tensor, most: int) -> torch.Tensor:
@@ -319,7 +308,7 @@ class TrainingData(torch.utils.data.Dataset):
             stride = source.samples.stride
             frames = 1 if source.samples.frames_as_images else size.frames
             self.which_frames[m] = partial(choose, frames=frames, stride=stride)
-            self.transform[m] = frame_transform(stage, source.samples, size.pixels, strength)
+            self.transform[m] = frame_transform(stage, m, size.pixels, strength)
             self.augment[m] = augmentation(stage, m, size.pixels, strength)
 
     def __getitem__(self, micro: MicroBatch):
@@ -381,16 +370,28 @@ def read_sample(samples: Samples, index: int, transform: Callable,
                 which_frames: Callable) -> torch.Tensor:
     """An image (3, h, w), or frames of a video (T, 3, h, w), uint8, each frame cut to samples.box
     and transformed. which_frames(n): the frames wanted of n, at the samples' frames a second."""
-    def at_rate(n: int, rate: float | None) -> list[int]:
-        return resampled(which_frames, n, rate, samples.rate or rate)
-
     path = samples.path(index)
     if samples.box:
         transform = v2.Compose([partial(boxed, box=samples.box, path=path), transform])
     if samples.modality == "image" and not samples.frames_as_images:
         return transform(read_image(path))
-    clip = read_clip(path, at_rate, transform)
-    return clip[0] if samples.frames_as_images else clip
+    clip = open_clip(path)
+    numbers = resampled(which_frames, clip.n, clip.rate, samples.rate)
+    frames = read_clip(clip, numbers, transform)
+    return frames[0] if samples.frames_as_images else frames
+
+
+def resampled(which_frames: Callable, n: int, rate: float | None,
+              wanted_rate: float | None) -> list[int]:
+    """Frame numbers as `which_frames`, a function of the number of frames alone, chooses them in a
+    clip of `wanted_rate` frames a second, mapped to one of n frames at `rate`, if both are known."""
+    if None in (rate, wanted_rate) or rate == wanted_rate:
+        return which_frames(n)
+    step = rate / wanted_rate
+    numbers = []
+    for number in which_frames(max(1, round(n / step))):
+        numbers.append(min(int(number * step + 0.5), n - 1))
+    return numbers
 
 
 def frame_rate(samples: Samples) -> float:
@@ -400,7 +401,7 @@ def frame_rate(samples: Samples) -> float:
         return samples.rate
     for i in range(len(samples)):
         with suppress(UserError):           # training names what cannot be read
-            return video_length(samples.path(i))[1] or OWN_DATA_RATE
+            return open_clip(samples.path(i)).rate or OWN_DATA_RATE
     return OWN_DATA_RATE
 
 
@@ -886,6 +887,58 @@ def read_image(path: Path) -> torch.Tensor:
         return as_tensor(image)
 
 
+def is_clip(path: Path) -> bool:
+    """Whether a path is a clip (a folder of frames, an animation, a video), not an image: its
+    content tells. What is no picture is a video, but for a damaged one that is named as a picture.
+    UserError as of `open_picture`."""
+    if os.path.isdir(path):
+        return True
+    with open_picture(path) as image:
+        if image is not None:
+            return frames_in(image) > 1
+    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
+        return True
+    with suppress(UserError):               # FFmpeg takes a damaged picture for one frame
+        return Video(path).n > 1
+    return False
+
+
+def open_clip(path: Path) -> "Folder | Animation | Video":
+    """A clip whose frames were counted, not decoded: path, n frames, rate (frames a second, None
+    where the files do not tell). UserError if it has none, or is damaged."""
+    if os.path.isdir(path):
+        return Folder(path)
+    with open_picture(path) as image:
+        if image is not None:
+            return Animation(path, image)
+    return Video(path)
+
+
+def read_clip(clip: "Folder | Animation | Video", numbers: list[int],
+              transform: Callable = v2.Identity(), title: str = "") -> torch.Tensor:
+    """Frames of a clip by their numbers, in any order, repeats allowed: uint8 (T, 3, H, W).
+
+    transform: what every frame (3, h, w) goes through as it is decoded, so that memory follows what
+    is kept. title: of a bar that shows progress. UserError names what cannot be decoded."""
+    wanted = sorted(set(numbers))
+    decoded = tqdm(clip.decode(wanted), title, len(wanted), leave=False, unit=" frames",
+                   disable=None if title else True)
+    frames = None
+    for number, frame in decoded:
+        frame = transform(frame)
+        if frames is None:
+            # Made at once: kept each for itself among the large frames that pass, small ones leave
+            # holes in memory, which then grows. Channel last resizes fast.
+            frames = torch.empty(len(numbers), *frame.shape[1:], 3, dtype=torch.uint8)
+            frames = frames.permute(0, 3, 1, 2)                             # (T, 3, H, W)
+        if frame.shape[1:] != frames.shape[2:]:     # a detector's crops, a turned telephone
+            frame = v2.functional.resize(frame, frames.shape[2:], antialias=True)
+        frames[torch.tensor(numbers) == number] = frame
+    return frames
+
+
+# ----------------------------------------------------------------- pictures, and clips of pictures
+
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image | None]:
     """A context with what Pillow opens, whatever it is called, or None if that is no picture.
@@ -918,9 +971,7 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):          # 16-bit grey, which `convert` would clip, not scale
         image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def frames_in(image: Image.Image) -> int:
@@ -928,171 +979,110 @@ def frames_in(image: Image.Image) -> int:
     return getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
 
 
-def is_clip(path: Path) -> bool:
-    """Whether a path is a clip (a folder of frames, an animation, a video), not an image: its
-    content tells. What is no picture is a video, but for a damaged one that is named as a picture.
-    UserError as of `open_picture`."""
-    if os.path.isdir(path):
-        return True
-    with open_picture(path) as image:
-        if image is not None:
-            return frames_in(image) > 1
-    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
-        return True
-    with suppress(UserError):               # FFmpeg takes a damaged picture for one frame
-        return video_length(path)[0] > 1
-    return False
+class Folder:
+    """A folder whose images, in natural order, are the frames."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = [name for name in visible(path) if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not self.files:
+            raise UserError(f"{path} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
+        self.n = len(self.files)
+        self.rate = None
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        for number in wanted:
+            yield number, read_image(self.path / self.files[number])
 
 
-def read_clip(path: Path, which_frames: Callable, transform: Callable | None = None,
-              progress: Callable | None = None) -> torch.Tensor:
-    """Frames of a folder of images, of an animation or of a video, uint8 (T, 3, H, W).
+class Animation:
+    """An animation, or a picture, whose only frame it is."""
 
-    which_frames(n, rate): the T frame numbers wanted, in any order, repeats allowed, of n frames at
-    so many a second (None for a folder). transform: what every frame (3, h, w) goes through as it
-    is decoded, so that memory follows what is kept. progress: called with the number of frames
-    decoded so far. UserError names a file that cannot be decoded or has fewer frames than it says.
-    """
-    wanted = []
-
-    def choose(n: int, rate: float | None) -> list[int]:
-        """The numbers of the frames to read, each once, in rising order."""
-        if n == 0:
-            raise UserError(f"{path} is truncated: it has no frames")
-        wanted.extend(which_frames(n, rate))
-        return sorted(set(wanted))
-
-    if os.path.isdir(path):
-        read = read_folder
-    else:
-        with open_picture(path) as image:
-            read = read_video if image is None else read_animation
-    clip = None
-    for decoded, (number, frame) in enumerate(read(path, choose), 1):
-        if progress is not None:
-            progress(decoded)
-        if frame is None:
-            continue
-        if transform is not None:
-            frame = transform(frame)
-        if clip is None:
-            # Made at once: kept each for itself among the large frames that pass, small ones leave
-            # holes in memory, which then grows. Channel last resizes fast.
-            numbers = torch.tensor(wanted)                              # (T,)
-            clip = torch.empty(len(wanted), *frame.shape[1:], 3, dtype=torch.uint8)
-            clip = clip.permute(0, 3, 1, 2)                             # (T, 3, H, W)
-        if frame.shape[1:] != clip.shape[2:]:   # a detector's crops, a turned telephone
-            frame = v2.functional.resize(frame, clip.shape[2:], antialias=True)
-        clip[numbers == number] = frame
-    return clip
-
-
-def video_length(path: Path) -> tuple[int, float | None]:
-    """The number of frames of a clip, counted, and its frames a second (None for a folder). Nothing
-    is decoded, but videos that begin between key frames. UserError as of `read_clip`."""
-    length = []
-
-    def no_frames(n: int, rate: float | None) -> list[int]:
-        length.extend((n, rate))
-        return []
-
-    read_clip(path, no_frames)
-    return tuple(length)
-
-
-def resampled(which_frames: Callable, n: int, rate: float | None, wanted_rate: float) -> list[int]:
-    """Frame numbers as `which_frames`, a function of the number of frames alone, chooses them in a
-    clip of `wanted_rate` frames a second, mapped to one of n frames at `rate`, if that is known."""
-    if rate is None or rate == wanted_rate:
-        return which_frames(n)
-    step = rate / wanted_rate
-    numbers = which_frames(max(1, round(n / step)))
-    return [min(int(number * step + 0.5), n - 1) for number in numbers]
-
-
-# The readers below give pairs: a frame's number and the frame (3, h, w), or None for what had to be
-# decoded without being wanted. choose(n, rate): the numbers wanted.
-
-def read_folder(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor]]:
-    """Of a folder whose images, in natural order, are the frames."""
-    names = [name for name in visible(path) if name.lower().endswith(IMAGE_SUFFIXES)]
-    if not names:
-        raise UserError(f"{path} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
-    for number in choose(len(names), None):
-        yield number, read_image(path / names[number])
-
-
-def read_animation(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor]]:
-    """Of an animation, or of a picture, whose only frame it is."""
-    with open_picture(path) as image:
-        n = frames_in(image)
+    def __init__(self, path: Path, image: Image.Image):
+        self.path = path
+        self.n = frames_in(image)
         milliseconds = 0
-        for number in range(n):
+        for number in range(self.n):
             image.seek(number)
             image.load()                    # tells how long the frame is shown
             milliseconds += image.info.get("duration", 0)
-        for number in choose(n, 1000 * n / milliseconds if milliseconds else None):
-            image.seek(number)
-            yield number, as_tensor(image)
+        self.rate = 1000 * self.n / milliseconds if milliseconds else None
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        with open_picture(self.path) as image:
+            for number in wanted:
+                image.seek(number)
+                yield number, as_tensor(image)
 
 
-def read_video(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor | None]]:
-    """Of a video: its packets, each a coded frame, are counted, then those are decoded that wanted
-    frames need. Frames are known by the times at which they are shown, or else counted."""
-    packets = []                            # times at which their frames are shown
-    times = []                              # of those that do not only serve to predict others
-    keys = {}                               # places of those that need no other, by their times
-    with open_video(path) as stream:
-        container = stream.container.format.name
-        rate = stream.average_rate or stream.guessed_rate
-        for packet in stream.container.demux(stream):
-            if packet.size:
-                if packet.is_keyframe:
-                    keys.setdefault(packet.pts, len(packets))
-                if not packet.is_discard:
-                    times.append(packet.pts)
-                packets.append(packet.pts)
-    begin = 0                               # in a file a first frame that is no key is damaged
-    if keys and container in ("mpegts", "mpeg", "mpegvideo", "h264", "hevc"):
-        begin = min(keys.values())
-    everything = {begin: len(packets) - 1}
-    numbers = {}                            # of the frames by their times; empty: these cannot tell
-    if begin > 0 or None in packets or any(time < packets[0] for time in times):
-        # Begun between key frames. Players show what can be decoded, which only decoding tells.
-        times = [None for frame in decoded_frames(path, everything)]
-    elif len(set(packets)) == len(packets) and list(keys) == sorted(keys):
-        if container != "avi":              # which only tells the order of decoding
-            numbers = {time: number for number, time in enumerate(sorted(times))}
-    left = set(choose(len(times), float(rate) if rate else None))
-    if not left:                            # only the length was asked for
-        return
-    ways = [(everything, None)]             # which finds whatever can be decoded
-    if numbers:
-        # Each frame from the last key frame that is shown no later. (In an open group of pictures,
-        # frames shown before a key frame but stored behind it need the frames before it, too.)
-        wanted = {time for time in numbers if numbers[time] in left}
+# ----------------------------------------------------------------------------------------- videos
+
+class Video:
+    """A video. Its packets, each a coded frame, are counted first; then those are decoded that
+    wanted frames need. Frames are known by the times at which they are shown, or else counted."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.packets = []                   # times at which their frames are shown
+        self.keys = {}                      # places of those that need no other, by their times
+        times = []                          # of those that do not only serve to predict others
+        with open_video(path) as stream:
+            container = stream.container.format.name
+            rate = stream.average_rate or stream.guessed_rate
+            for packet in stream.container.demux(stream):
+                if packet.size:
+                    if packet.is_keyframe:
+                        self.keys.setdefault(packet.pts, len(self.packets))
+                    if not packet.is_discard:
+                        times.append(packet.pts)
+                    self.packets.append(packet.pts)
+        self.rate = float(rate) if rate else None
+        self.n = len(times)
+        begin = 0                           # in a file a first frame that is no key is damaged
+        if self.keys and container in ("mpegts", "mpeg", "mpegvideo", "h264", "hevc"):
+            begin = min(self.keys.values())
+        self.everything = {begin: len(self.packets) - 1}
+        self.numbers = {}                   # of frames by their times; empty: these cannot tell
+        if begin > 0 or None in self.packets or any(time < self.packets[0] for time in times):
+            # Begun between key frames. Players show what can be decoded: only decoding tells.
+            self.n = sum(1 for frame in decoded_frames(path, self.everything))
+        elif container != "avi":            # which only tells the order of decoding
+            if len(set(self.packets)) == len(self.packets) and list(self.keys) == sorted(self.keys):
+                self.numbers = {time: number for number, time in enumerate(sorted(times))}
+        if self.n == 0:
+            raise UserError(f"{path} is truncated: it has no frames")
+
+    def needed(self, times: set[int]) -> dict[int, int]:
+        """Packets {first: last} that frames of these times need: from the last key frame that is
+        shown no later. (In an open group of pictures, frames shown before a key frame but stored
+        behind it need the frames before it, too.)"""
         ranges = {}
         start = 0
-        for time, place in sorted(zip(packets, range(len(packets)))):
-            if time in keys:
+        for time, place in sorted(zip(self.packets, range(len(self.packets)))):
+            if time in self.keys:
                 start = place
-            if time in wanted:
+            if time in times:
                 ranges[start] = max(ranges.get(start, 0), place)
-        ways.insert(0, (ranges, wanted))
-    to_rgb = VideoReformatter()             # one for all frames keeps its tables
-    for ranges, only in ways:
-        for count, frame in enumerate(decoded_frames(path, ranges, only)):
-            number = numbers.get(frame.pts) if numbers else count
-            if number not in left:
-                yield number, None
-                continue
-            rgb = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            upright = torch.rot90(torch.from_numpy(rgb), round(frame.rotation / 90))
-            yield number, upright.permute(2, 0, 1)
-            left.remove(number)
-            if not left:
-                return
-    raise UserError(f"{path} is truncated: frame {min(left)} of {len(times)} cannot be decoded")
+        return ranges
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        left = set(wanted)
+        ways = [(self.everything, None)]    # which finds whatever can be decoded
+        if self.numbers:
+            times = {time for time, number in self.numbers.items() if number in left}
+            ways.insert(0, (self.needed(times), times))
+        to_rgb = VideoReformatter()         # one for all frames keeps its tables
+        for ranges, times in ways:
+            for count, frame in enumerate(decoded_frames(self.path, ranges, times)):
+                number = self.numbers.get(frame.pts) if self.numbers else count
+                if number in left:
+                    rgb = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                    upright = torch.rot90(torch.from_numpy(rgb), round(frame.rotation / 90))
+                    yield number, upright.permute(2, 0, 1)
+                    left.remove(number)
+                if not left:
+                    return
+        raise UserError(f"{self.path} is truncated: frame {min(left)} of {self.n} cannot be decoded")
 
 
 def decoded_frames(path: Path, ranges: dict[int, int],
