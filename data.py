@@ -7,7 +7,6 @@ the line of '=' follows what can be skipped: loading processes, data sets, lists
 
 B batch    T frames of a clip    H x W pixels    n samples, or frames of a video    v views of one
 """
-import argparse
 import csv
 import hashlib
 import os
@@ -20,7 +19,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from glob import iglob
-from itertools import pairwise, product
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -51,7 +49,7 @@ class Samples:
     people: np.ndarray | None = None        # (n,) bytes: who is seen, where that is known
     fold: int = 1
     box: tuple[int, int, int, int] | None = None        # of every frame: left, top, width, height
-    notes: tuple[str, ...] = ()             # what was recognised, to be printed
+    notes: list[str] | tuple = ()           # what was recognised, to be printed
     frames_as_images: bool = False          # a random frame stands for an image (Table IV, row 5)
 
     def __len__(self) -> int:
@@ -344,25 +342,22 @@ class TrainingData(torch.utils.data.Dataset):
 
 class TestData(torch.utils.data.Dataset):
     """Samples as evaluation sees them: data[i] -> (i, views uint8 (v, ...), label). UserError for a
-    sample that cannot be read.
-    which_frames(n, frames, stride): the frames of `clips` clips of a video of n frames, joined."""
+    sample that cannot be read."""
 
-    def __init__(self, samples: Samples, size: Size, which_frames: Callable = test_frames,
-                 clips: int = 2):
+    def __init__(self, samples: Samples, size: Size):
         self.samples = samples
         self.frames = size.frames
-        self.clips = clips
-        self.which_frames = partial(which_frames, frames=size.frames, stride=samples.stride)
-        self.frame_transform = v2.Resize((size.pixels, size.pixels), antialias=True)
+        self.which_frames = partial(test_frames, frames=size.frames, stride=samples.stride)
+        self.transform = v2.Resize((size.pixels, size.pixels), antialias=True)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int):
-        """views: (1, 3, H, W) of an image, (clips, T, 3, H, W) of a video."""
-        x = read_sample(self.samples, index, self.frame_transform, self.which_frames)
+        """views: (1, 3, H, W) of an image, (2, T, 3, H, W) of a video, its two clips."""
+        x = read_sample(self.samples, index, self.transform, self.which_frames)
         is_image = self.samples.modality == "image"
-        views = x[None] if is_image else x.unflatten(0, (self.clips, self.frames))
+        views = x[None] if is_image else x.unflatten(0, (-1, self.frames))
         return index, views, int(self.samples.labels[index])
 
 
@@ -384,7 +379,7 @@ def read_sample(samples: Samples, index: int, transform: Callable,
 def resampled(which_frames: Callable, n: int, rate: float | None,
               wanted_rate: float | None) -> list[int]:
     """Frame numbers as `which_frames`, a function of the number of frames alone, chooses them in a
-    clip of `wanted_rate` frames a second, mapped to one of n frames at `rate`, if both are known."""
+    clip of `wanted_rate` frames a second, mapped to one of n frames at `rate`, if that is known."""
     if None in (rate, wanted_rate) or rate == wanted_rate:
         return which_frames(n)
     step = rate / wanted_rate
@@ -395,13 +390,11 @@ def resampled(which_frames: Callable, n: int, rate: float | None,
 
 
 def frame_rate(samples: Samples) -> float:
-    """Frames a second of training clips: of the first one that can be read, or 25 where its file
-    does not tell."""
+    """Frames a second of training clips: of the first one, or 25 where its file does not tell."""
     if samples.rate:
         return samples.rate
-    for i in range(len(samples)):
-        with suppress(UserError):           # training names what cannot be read
-            return open_clip(samples.path(i)).rate or OWN_DATA_RATE
+    with suppress(UserError):               # training names what cannot be read
+        return open_clip(samples.path(0)).rate or OWN_DATA_RATE
     return OWN_DATA_RATE
 
 
@@ -469,7 +462,7 @@ class DataSet(NamedTuple):
     folds: int = 1
     stride: int = 1                         # of the frames of a clip
     rate: float | None = None               # frames a second that stride counts; None: the file's
-    crop: tuple[float, float, float, float] = WHOLE     # what stage 1 sees of a frame
+    box: tuple[int, int, int, int] | None = None        # of every frame: left, top, width, height
     labels_from_1: bool = False             # as the set is handed out; from 0 is met, too
     left_out: tuple[str, ...] = ()          # labels of other classes in its own .csv
     part: str = ""                          # what the split's names begin with, in a list of both
@@ -483,7 +476,6 @@ MAFW = ("anger", "anxiety", "contempt", "disappointment", "disgust", "fear", "ha
         "helplessness", "neutral", "sadness", "surprise")
 AFFECTNET = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger", "contempt")
 RAFDB = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
-VOXCELEB2_CROP = (0, 1 / 7, 5 / 7, 5 / 7)   # rows 0-160, columns 32-192 of 224 x 224, as released
 
 CATALOGUE = {dataset.name: dataset for dataset in (
     DataSet("dfew", "video", DFEW, "DFEW/clip_jpg_256", DFEW_LISTS, folds=5, stride=4,
@@ -504,8 +496,9 @@ CATALOGUE = {dataset.name: dataset for dataset in (
     DataSet("rafdb", "image", RAFDB, "RAF-DB/basic/Image/aligned",
             ("RAF-DB/basic/EmoLabel/list_patition_label.txt",), labels_from_1=True,
             part="{split}_", file="{stem}_aligned{suffix}"),
+    # Rows 0 to 160, columns 32 to 192 of 224 x 224, as released
     DataSet("voxceleb2", "video", (), "VoxCeleb2/dev/mp4", ("VoxCeleb2/dev/mp4/files.txt",),
-            stride=4, crop=VOXCELEB2_CROP),
+            stride=4, box=(32, 0, 160, 160)),
     # Drawn by tests/faces.py, in the same layouts
     DataSet("synthetic", "video", DFEW, "synthetic/DFEW/clip_jpg_256",
             (f"synthetic/{DFEW_LISTS[0]}",), folds=5, stride=2),
@@ -513,7 +506,7 @@ CATALOGUE = {dataset.name: dataset for dataset in (
             "synthetic/AffectNet/Manually_Annotated_Images",
             ("synthetic/AffectNet/{split}_affectnet7.txt",)),
     DataSet("synthetic-unlabelled", "video", (), "synthetic/VoxCeleb2",
-            ("synthetic/VoxCeleb2/files.txt",), stride=2, crop=VOXCELEB2_CROP),
+            ("synthetic/VoxCeleb2/files.txt",), stride=2, box=(12, 0, 60, 60)),
 )}
 OWN_DATA_STRIDE = 4                         # of clips: a window of 2.6 seconds, as for DFEW
 OWN_DATA_RATE = 25.0
@@ -521,32 +514,29 @@ OWN_DATA_RATE = 25.0
 
 def catalogue(name: str) -> DataSet:
     """The data set of that name, or one's own: "train.csv,test.csv", "train.csv", or a folder of
-    folders by class. UserError if there is none, or if it holds images and clips, or two classes
-    that differ in capitals alone."""
+    folders by class. UserError if there is none, or two classes differ in capitals alone."""
     if name in CATALOGUE:
         return CATALOGUE[name]
-    lists = own_lists(name)
-    name = os.path.abspath(name) if os.path.isdir(name) else ",".join(map(str, lists))
-    rows_of = [own_rows(path) for path in lists]
-    classes = sorted({row.label for row in rows_of[0][1]} - {""})
-    for label, other in pairwise(sorted(classes, key=str.casefold)):
-        if label.casefold() == other.casefold():
-            raise UserError(f"{lists[0]}: {label!r} and {other!r} look like one class: write them "
-                            "the same way")
-    # The first file with each suffix tells, by its content or, if it is not there, by the suffix.
-    first = {}
-    for folder, rows in rows_of:
-        for row in rows:
-            first.setdefault(posixpath.splitext(row.name)[1].lower(), folder / row.name)
-    found = {}
-    for suffix, path in first.items():
-        clip = is_clip(path) if path.exists() else suffix not in IMAGE_SUFFIXES
-        found["video" if clip else "image"] = path
-    if len(found) > 1:
-        raise UserError(f"one data set has images ({found['image']}) and clips "
-                        f"({found['video']}): make two of it")
-    return DataSet(name, next(iter(found)), tuple(classes), "", lists, stride=OWN_DATA_STRIDE,
-                   rate=OWN_DATA_RATE)
+    files = re.split(NEXT_LIST, name)
+    if os.path.isdir(name):
+        name = os.path.abspath(name)
+        lists = parts_of(Path(name))
+    elif name.lower().endswith(".csv") and len(files) <= 2:
+        lists = tuple(Path(os.path.abspath(file)) for file in files)
+        name = ",".join(map(str, lists))
+    else:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or "
+                        "train.csv,test.csv, or a folder with train/CLASS/ and test/CLASS/")
+    folder, rows = own_rows(lists[0])
+    classes = sorted({row.label for row in rows} - {""})
+    if len({label.casefold() for label in classes}) < len(classes):
+        raise UserError(f"{lists[0]}: two of the classes {', '.join(classes)} differ in capitals "
+                        "alone: write them the same way")
+    # The first file tells by its content or, if it is not there, by its suffix
+    first = folder / rows[0].name
+    clip = is_clip(first) if first.exists() else first.suffix.lower() not in IMAGE_SUFFIXES
+    return DataSet(name, "video" if clip else "image", tuple(classes), "", lists,
+                   stride=OWN_DATA_STRIDE, rate=OWN_DATA_RATE)
 
 
 def short_name(name: str) -> str:
@@ -560,16 +550,13 @@ def dataset_name(modality: str | None = None, labelled: bool = False, others: tu
     def check(name: str) -> str:
         if name in others:
             return name
-        try:
-            dataset = catalogue(name)
-        except (UserError, OSError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        if modality not in (None, dataset.modality) or labelled and not dataset.classes:
-            labels = "with labels" if dataset.classes else "without labels"
-            wanted = [f"{modality}s{' with labels' if labelled else ''}", *others]
-            raise argparse.ArgumentTypeError(f"{name} holds {dataset.modality}s {labels}: expected "
-                                             f"{' or '.join(wanted)}")
-        return dataset.name
+        dataset = catalogue(name)
+        if modality in (None, dataset.modality) and (dataset.classes or not labelled):
+            return dataset.name
+        labels = "with labels" if dataset.classes else "without labels"
+        wanted = [f"{modality}s{' with labels' if labelled else ''}", *others]
+        raise UserError(f"{name} holds {dataset.modality}s {labels}: expected "
+                        f"{' or '.join(wanted)}")
     return check
 
 
@@ -577,70 +564,47 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
                  stride: int | None = None) -> Samples:
     """All samples of a data set's "train" or "test" split, with its own stride or another.
     UserError if anything that it needs is missing or odd."""
-    samples, there = find_samples(name, data_root, split, fold, stride)
-    if not there.all():
-        raise UserError(f"of {len(there)} samples of {name}, {split}, fold {fold}, not there in "
-                        f"{samples.root}: {shortened(samples.names[~there])} "
-                        f"({'; '.join(samples.notes)})")
-    return samples
-
-
-def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
-                 stride: int | None = None) -> tuple[Samples, np.ndarray]:
-    """What a data set's "train" or "test" split lists, and which of it is there (n,) bool.
-    UserError where the lists or the folder are missing or odd."""
     dataset = catalogue(name)
     if not 1 <= fold <= dataset.folds:
         raise UserError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
+    if dataset.modality == "image":
+        stride = 1
+    samples = Samples(dataset.name, dataset.modality, dataset.classes, Path(data_root), None, None,
+                      stride or dataset.stride, dataset.rate, fold=fold, box=dataset.box)
     own = dataset.name not in CATALOGUE
     if own:
         if split == "test" and len(dataset.lists) == 1:
             raise UserError(f"{dataset.lists[0]} has no test part beside it: expected "
                             "train.csv,test.csv, or a folder with train and test")
         path = dataset.lists[split == "test"]
-        folder, rows = own_rows(path)
+        samples.root, rows = own_rows(path)
         number = {label: i for i, label in enumerate(dataset.classes)} or {"": -1}
-        notes = [f"{path}: {', '.join(dataset.classes) or 'no labels'}"]
+        samples.notes = [f"{path}: {', '.join(dataset.classes) or 'no labels'}"]
     else:
-        folder, path = need(dataset, Path(data_root), split, fold)
+        samples.root, path = need(dataset, Path(data_root), split, fold)
         if not dataset.classes:
-            names, note = listed_videos(folder, path)
-            samples = Samples(dataset.name, "video", (), folder, names, np.full(len(names), -1),
-                              stride or dataset.stride, crop=dataset.crop, notes=(note,))
-            return samples, np.ones(len(names), bool)
-        part = dataset.part.format(split=split)
-        left_out = dataset.left_out if path.suffix == ".csv" else ()
-        rows = []
-        for row in read_list(path):
-            if row.name.startswith(part) and row.label not in left_out:
-                stem, suffix = posixpath.splitext(row.name)
-                rows.append(row._replace(name=dataset.file.format(stem=stem, suffix=suffix)))
-        if not rows:
-            raise UserError(f"{path} holds no samples of the split")
-        first = first_label(dataset, Path(data_root)) if dataset.labels_from_1 else 0
-        number = {str(first + i): i for i in range(len(dataset.classes))}
-        notes = [f"{path}: labels count from {first}"]
-        if left_out:
-            notes.append(f"left out: labels {', '.join(left_out)}")
+            list_videos(samples, path)
+            return samples
+        rows, number, samples.notes = catalogue_rows(dataset, path, split)
     for row in rows:
         if row.label not in number:
             raise UserError(f"{path}, line {row.line}: {row.name!r} has the label {row.label!r}: "
                             f"expected {', '.join(number)}")
-    labels = np.array([number[row.label] for row in rows])
-    people = np.array([row.person.encode() for row in rows]) if rows[0].person else None
-    files, there = locate(folder, [row.name for row in rows], dataset.modality)
-    if own:
-        if not there.any():                 # the list lies elsewhere than its samples
-            notes.append(f"nor in {folder}")
-            folder = Path(data_root)
-            files, there = locate(folder, [row.name for row in rows], dataset.modality)
-        if there[0] and is_clip(folder / files[0]) != (dataset.modality == "video"):
-            raise UserError(f"{path} lists no {dataset.modality}s, as the names say: put it beside "
-                            "them, or write absolute paths")
-    names = np.array([os.fsencode(file) for file in files])
-    stride = 1 if dataset.modality == "image" else stride or dataset.stride
-    return Samples(dataset.name, dataset.modality, dataset.classes, folder, names, labels, stride,
-                   dataset.rate, people, fold, dataset.crop, notes=tuple(notes)), there
+    samples.labels = np.array([number[row.label] for row in rows])
+    if rows[0].person:
+        samples.people = np.array([row.person.encode() for row in rows])
+    names = [row.name for row in rows]
+    found = locate(samples.root, names, dataset.modality)
+    if own and not any(found):              # the list lies elsewhere than its samples
+        samples.notes.append(f"nor in {samples.root}")
+        samples.root = Path(data_root)
+        found = locate(samples.root, names, dataset.modality)
+    missing = [name for name, file in zip(names, found) if not file]
+    if missing:
+        raise UserError(f"of {len(names)} samples of {name}, {split}, fold {fold}, not there in "
+                        f"{samples.root}: {shortened(missing)} ({'; '.join(samples.notes)})")
+    samples.names = np.array([os.fsencode(file) for file in found])
+    return samples
 
 
 def need(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple[Path, Path]:
@@ -657,40 +621,54 @@ def need(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple[Path
     return folder, (found or lists)[0]
 
 
-def first_label(dataset: DataSet, data_root: Path) -> int:
-    """Whether a set's labels count from 0 or from 1. All of its lists that are there tell: one fold
-    need not hold the lowest or the highest label. UserError where it may be either."""
-    labels = set()
-    for split, fold in product(("train", "test"), range(1, dataset.folds + 1)):
-        path = data_root / dataset.lists[0].format(split=split, fold=fold)
-        if path.is_file():
-            labels |= {row.label for row in read_list(path)}
+def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:
+    """The split's lines in a list, the numbers of its labels, and what is to be said of these.
+    UserError where labels may count from 0 or from 1."""
+    part = dataset.part.format(split=split)
+    left_out = dataset.left_out if path.suffix == ".csv" else ()
+    rows = []
+    for row in read_list(path):
+        if row.name.startswith(part) and row.label not in left_out:
+            stem, suffix = posixpath.splitext(row.name)
+            rows.append(row._replace(name=dataset.file.format(stem=stem, suffix=suffix)))
+    if not rows:
+        raise UserError(f"{path} holds no samples of the split")
+    first = 0
+    labels = {row.label for row in rows}
     highest = str(len(dataset.classes))
-    if "0" not in labels and highest not in labels:
-        raise UserError(f"the lists of {dataset.name} have the labels {', '.join(sorted(labels))}: "
-                        f"neither 0 nor {highest} occurs, so they may count from 0 or from 1; put "
-                        "the data set's other lists there")
-    return 0 if "0" in labels else 1
+    if dataset.labels_from_1 and "0" not in labels:
+        first = 1
+        if highest not in labels:
+            raise UserError(f"{path} has the labels {', '.join(sorted(labels))}: neither 0 nor "
+                            f"{highest} occurs, so they may count from 0 or from 1")
+    notes = [f"{path}: labels count from {first}"]
+    if left_out:
+        notes.append(f"left out: labels {', '.join(left_out)}")
+    return rows, {str(first + i): i for i in range(len(dataset.classes))}, notes
 
 
-def listed_videos(folder: Path, path: Path) -> tuple[np.ndarray, str]:
-    """Names (n,) of VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted, and a note. A million are listed
-    once, in the file `path`, if one may write there. UserError if there are none."""
+def list_videos(samples: Samples, path: Path) -> None:
+    """Name VoxCeleb2's videos, id*/VIDEO/*.mp4. A million are listed once, in the file `path`, if
+    one may write there. UserError if there are none."""
     if path.is_file() and path.stat().st_size:
         names = path.read_bytes().splitlines()
         note = f"{path}: {len(names)} files, as listed then (delete it to list anew)"
-        return np.array(names), note
-    names = []
-    for name in tqdm(iglob("id*/*/*.mp4", root_dir=folder), f"listing {folder}", unit=" videos"):
-        names.append(os.fsencode(name.replace(os.sep, "/")))
-    if not names:
-        raise UserError(f"{folder} holds no file id*/*/*.mp4")
-    names.sort()
-    part = path.with_name(f"files.{os.getpid()}.part")      # several processes may do this at once
-    with suppress(OSError):
-        part.write_bytes(b"\n".join(names))
-        os.replace(part, path)
-    return np.array(names), f"{folder}: {len(names)} files listed now"
+    else:
+        found = iglob("id*/*/*.mp4", root_dir=samples.root)
+        names = []
+        for name in tqdm(found, f"listing {samples.root}", unit=" videos"):
+            names.append(os.fsencode(name.replace(os.sep, "/")))
+        if not names:
+            raise UserError(f"{samples.root} holds no file id*/*/*.mp4")
+        names.sort()
+        note = f"{samples.root}: {len(names)} files listed now"
+        part = path.with_name(f"files.{os.getpid()}.part")  # several processes may do this at once
+        with suppress(OSError):
+            part.write_bytes(b"\n".join(names))
+            os.replace(part, path)
+    samples.names = np.array(names)
+    samples.labels = np.full(len(names), -1)
+    samples.notes = [note]
 
 
 # ----------------------------------------------------------------------------- one's own data sets
@@ -699,21 +677,13 @@ NEXT_LIST = r"(?i)(?<=\.csv),\s*"           # another comma is a part of a folde
 SPLIT_WORDS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
 
 
-def own_lists(name: str) -> tuple[Path, ...]:
-    """The training list of one's own data and, if there is one, the test list; or the folders
-    NAME/train and NAME/test, or NAME alone, with a folder for each class, as ImageFolder has."""
-    path = Path(os.path.abspath(name))
-    if path.is_dir():
-        parts = {part.lower(): path / part for part in os.listdir(path)}
-        found = [word for word in SPLIT_WORDS if word in parts]
-        if found not in ([], ["train"], ["train", "test"]):
-            raise UserError(f"{path} is divided into {', '.join(found)}: expected train and test")
-        return tuple(parts[word] for word in found) or (path,)
-    files = re.split(NEXT_LIST, name)
-    if not name.lower().endswith(".csv") or len(files) > 2:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or "
-                        "train.csv,test.csv, or a folder with train/CLASS/ and test/CLASS/")
-    return tuple(Path(os.path.abspath(file)) for file in files)
+def parts_of(folder: Path) -> tuple[Path, ...]:
+    """FOLDER/train and FOLDER/test, if it is divided, or itself."""
+    parts = {name.lower(): folder / name for name in os.listdir(folder)}
+    found = [word for word in SPLIT_WORDS if word in parts]
+    if found not in ([], ["train"], ["train", "test"]):
+        raise UserError(f"{folder} is divided into {', '.join(found)}: expected train and test")
+    return tuple(parts[word] for word in found) or (folder,)
 
 
 def own_rows(path: Path) -> tuple[Path, list["Row"]]:
@@ -726,10 +696,7 @@ def own_rows(path: Path) -> tuple[Path, list["Row"]]:
         if not (path / label).is_dir():
             raise UserError(f"{path / label} lies beside folders of classes: expected "
                             f"{path / 'CLASS' / label}, or a list as train.csv")
-        files = visible(path / label)
-        if not files:
-            raise UserError(f"{path / label} is empty: put samples of the class there, or delete it")
-        for file in files:
+        for file in visible(path / label):
             rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
     if not rows:
         raise UserError(f"{path} holds no samples: expected {path / 'CLASS' / 'FILE'}")
@@ -742,9 +709,11 @@ def visible(folder: Path) -> list[str]:
         parts = re.split(r"(\d+)", name)
         return [int(part) if part.isdecimal() else part for part in parts]
 
-    hidden = ("thumbs.db", "desktop.ini", "__macosx")
-    names = [name for name in os.listdir(folder) if name.lower() not in hidden]
-    return sorted((name for name in names if not name.startswith(".")), key=natural)
+    names = []
+    for name in os.listdir(folder):
+        if not name.startswith(".") and name.lower() not in ("thumbs.db", "desktop.ini", "__macosx"):
+            names.append(name)
+    return sorted(names, key=natural)
 
 
 # ------------------------------------------------------------------------------------------ lists
@@ -828,10 +797,10 @@ def look(text: str) -> str:
     return " ".join(text.split())
 
 
-def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.ndarray]:
-    """The files or folders that names stand for, and whether they are there (n,) bool; what is not
-    keeps its name. Names that look the same are the same. A clip is a folder of frames, or a video
-    in its place; numbers with or without leading zeros."""
+def locate(root: Path, names: list[str], modality: str) -> list[str | None]:
+    """The files or folders that names stand for, None for what is not there. Names that look the
+    same are the same. A clip is a folder of frames, or a video in its place; numbers with or
+    without leading zeros."""
     clips = modality == "video"
 
     def key(name: str) -> str:
@@ -858,9 +827,7 @@ def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.n
         paths = inside(folder)
         return paths.get(file) or paths.get(key(file))
 
-    found = [find(name) for name in names]
-    there = np.array([path is not None for path in found], bool)
-    return [path or name for path, name in zip(found, names)], there
+    return [find(name) for name in names]
 
 
 def shortened(items) -> str:
@@ -996,11 +963,13 @@ class Folder:
 
 
 class Animation:
-    """An animation, or a picture, whose only frame it is."""
+    """An animated picture. UserError for one that does not move."""
 
     def __init__(self, path: Path, image: Image.Image):
         self.path = path
         self.n = frames_in(image)
+        if self.n == 1:
+            raise UserError(f"{path} is a picture: expected a clip")
         milliseconds = 0
         for number in range(self.n):
             image.seek(number)
@@ -1082,7 +1051,7 @@ class Video:
                     left.remove(number)
                 if not left:
                     return
-        raise UserError(f"{self.path} is truncated: frame {min(left)} of {self.n} cannot be decoded")
+        raise UserError(f"{self.path} is truncated: of {self.n} frames {min(left)} cannot be decoded")
 
 
 def decoded_frames(path: Path, ranges: dict[int, int],
