@@ -371,6 +371,8 @@ def read_sample(samples: Samples, index: int, transform: Callable,
     if samples.modality == "image" and not samples.frames_as_images:
         return transform(read_image(path))
     clip = open_clip(path)
+    if clip is None:
+        raise UserError(f"{path} is a picture: expected a clip")
     numbers = resampled(which_frames, clip.n, clip.rate, samples.rate)
     frames = read_clip(clip, numbers, transform)
     return frames[0] if samples.frames_as_images else frames
@@ -394,7 +396,9 @@ def frame_rate(samples: Samples) -> float:
     if samples.rate:
         return samples.rate
     with suppress(UserError):               # training names what cannot be read
-        return open_clip(samples.path(0)).rate or OWN_DATA_RATE
+        clip = open_clip(samples.path(0))
+        if clip and clip.rate:
+            return clip.rate
     return OWN_DATA_RATE
 
 
@@ -510,6 +514,8 @@ CATALOGUE = {dataset.name: dataset for dataset in (
 )}
 OWN_DATA_STRIDE = 4                         # of clips: a window of 2.6 seconds, as for DFEW
 OWN_DATA_RATE = 25.0
+NEXT_LIST = r"(?i)(?<=\.csv),\s*"           # another comma is a part of a folder's name
+SPLIT_WORDS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
 
 
 def catalogue(name: str) -> DataSet:
@@ -520,7 +526,11 @@ def catalogue(name: str) -> DataSet:
     files = re.split(NEXT_LIST, name)
     if os.path.isdir(name):
         name = os.path.abspath(name)
-        lists = parts_of(Path(name))
+        parts = {part.lower(): Path(name) / part for part in os.listdir(name)}
+        found = [word for word in SPLIT_WORDS if word in parts]
+        if found not in ([], ["train"], ["train", "test"]):
+            raise UserError(f"{name} is divided into {', '.join(found)}: expected train and test")
+        lists = tuple(parts[word] for word in found) or (Path(name),)
     elif name.lower().endswith(".csv") and len(files) <= 2:
         lists = tuple(Path(os.path.abspath(file)) for file in files)
         name = ",".join(map(str, lists))
@@ -532,10 +542,12 @@ def catalogue(name: str) -> DataSet:
     if len({label.casefold() for label in classes}) < len(classes):
         raise UserError(f"{lists[0]}: two of the classes {', '.join(classes)} differ in capitals "
                         "alone: write them the same way")
-    # The first file tells by its content or, if it is not there, by its suffix
+    # The first file tells by its content or, if it cannot be read, by its suffix
     first = folder / rows[0].name
-    clip = is_clip(first) if first.exists() else first.suffix.lower() not in IMAGE_SUFFIXES
-    return DataSet(name, "video" if clip else "image", tuple(classes), "", lists,
+    is_image = first.suffix.lower() in IMAGE_SUFFIXES
+    with suppress(UserError):
+        is_image = open_clip(first) is None
+    return DataSet(name, "image" if is_image else "video", tuple(classes), "", lists,
                    stride=OWN_DATA_STRIDE, rate=OWN_DATA_RATE)
 
 
@@ -671,51 +683,6 @@ def list_videos(samples: Samples, path: Path) -> None:
     samples.notes = [note]
 
 
-# ----------------------------------------------------------------------------- one's own data sets
-
-NEXT_LIST = r"(?i)(?<=\.csv),\s*"           # another comma is a part of a folder's name
-SPLIT_WORDS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
-
-
-def parts_of(folder: Path) -> tuple[Path, ...]:
-    """FOLDER/train and FOLDER/test, if it is divided, or itself."""
-    parts = {name.lower(): folder / name for name in os.listdir(folder)}
-    found = [word for word in SPLIT_WORDS if word in parts]
-    if found not in ([], ["train"], ["train", "test"]):
-        raise UserError(f"{folder} is divided into {', '.join(found)}: expected train and test")
-    return tuple(parts[word] for word in found) or (folder,)
-
-
-def own_rows(path: Path) -> tuple[Path, list["Row"]]:
-    """Samples with class names of a list, or CLASS/FILE of a folder, and what they are relative to.
-    UserError for a file beside the classes."""
-    if not path.is_dir():
-        return path.parent, read_list(path, own=True)
-    rows = []
-    for label in visible(path):
-        if not (path / label).is_dir():
-            raise UserError(f"{path / label} lies beside folders of classes: expected "
-                            f"{path / 'CLASS' / label}, or a list as train.csv")
-        for file in visible(path / label):
-            rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
-    if not rows:
-        raise UserError(f"{path} holds no samples: expected {path / 'CLASS' / 'FILE'}")
-    return path, rows
-
-
-def visible(folder: Path) -> list[str]:
-    """The names in a folder, frame 2 before frame 10, but for what systems leave there."""
-    def natural(name: str) -> list:
-        parts = re.split(r"(\d+)", name)
-        return [int(part) if part.isdecimal() else part for part in parts]
-
-    names = []
-    for name in os.listdir(folder):
-        if not name.startswith(".") and name.lower() not in ("thumbs.db", "desktop.ini", "__macosx"):
-            names.append(name)
-    return sorted(names, key=natural)
-
-
 # ------------------------------------------------------------------------------------------ lists
 
 class Row(NamedTuple):
@@ -769,6 +736,23 @@ def read_list(path: Path, own: bool = False) -> list[Row]:
     if not rows:
         raise UserError(f"{path} holds no samples")
     return rows
+
+
+def own_rows(path: Path) -> tuple[Path, list["Row"]]:
+    """Samples with class names of a list, or CLASS/FILE of a folder, and what they are relative to.
+    UserError for a file beside the classes."""
+    if not path.is_dir():
+        return path.parent, read_list(path, own=True)
+    rows = []
+    for label in visible(path):
+        if not (path / label).is_dir():
+            raise UserError(f"{path / label} lies beside folders of classes: expected "
+                            f"{path / 'CLASS' / label}, or a list as train.csv")
+        for file in visible(path / label):
+            rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
+    if not rows:
+        raise UserError(f"{path} holds no samples: expected {path / 'CLASS' / 'FILE'}")
+    return path, rows
 
 
 def header_columns(fields: list[str], where: str, own: bool) -> dict[str, int]:
@@ -836,10 +820,21 @@ def shortened(items) -> str:
     return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
 
 
+def visible(folder: Path) -> list[str]:
+    """The names in a folder, frame 2 before frame 10, but for what systems leave there."""
+    def natural(name: str) -> list:
+        parts = re.split(r"(\d+)", name)
+        return [int(part) if part.isdecimal() else part for part in parts]
+
+    hidden = ("thumbs.db", "desktop.ini", "__macosx")
+    names = [name for name in os.listdir(folder) if name.lower() not in hidden]
+    return sorted((name for name in names if not name.startswith(".")), key=natural)
+
+
 # ---------------------------------------------------------------------------------------- readers
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
-                  ".avif", ".jp2", ".ppm", ".pgm")
+                  ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif")
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")   # the pictures of a TIFF or MPO file are no frames
 UNREADABLE = (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error,
               Image.DecompressionBombError)  # what Pillow raises for damaged files
@@ -854,31 +849,22 @@ def read_image(path: Path) -> torch.Tensor:
         return as_tensor(image)
 
 
-def is_clip(path: Path) -> bool:
-    """Whether a path is a clip (a folder of frames, an animation, a video), not an image: its
-    content tells. What is no picture is a video, but for a damaged one that is named as a picture.
-    UserError as of `open_picture`."""
-    if os.path.isdir(path):
-        return True
-    with open_picture(path) as image:
-        if image is not None:
-            return frames_in(image) > 1
-    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
-        return True
-    with suppress(UserError):               # FFmpeg takes a damaged picture for one frame
-        return Video(path).n > 1
-    return False
-
-
-def open_clip(path: Path) -> "Folder | Animation | Video":
-    """A clip whose frames were counted, not decoded: path, n frames, rate (frames a second, None
-    where the files do not tell). UserError if it has none, or is damaged."""
+def open_clip(path: Path) -> "Folder | Animation | Video | None":
+    """A folder of frames, an animation or a video, whose n frames were counted, not decoded; None
+    for a picture, also a damaged one that is named as one. Its content, not its name, tells what a
+    file is. rate: frames a second, None where nothing tells. UserError if it cannot be read."""
     if os.path.isdir(path):
         return Folder(path)
     with open_picture(path) as image:
         if image is not None:
-            return Animation(path, image)
-    return Video(path)
+            return Animation(path, image) if frames_in(image) > 1 else None
+    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
+        return Video(path)
+    with suppress(UserError):
+        video = Video(path)
+        if video.n > 1:                     # FFmpeg takes a damaged picture for one frame
+            return video
+    return None
 
 
 def read_clip(clip: "Folder | Animation | Video", numbers: list[int],
@@ -963,13 +949,11 @@ class Folder:
 
 
 class Animation:
-    """An animated picture. UserError for one that does not move."""
+    """An animated picture."""
 
     def __init__(self, path: Path, image: Image.Image):
         self.path = path
         self.n = frames_in(image)
-        if self.n == 1:
-            raise UserError(f"{path} is a picture: expected a clip")
         milliseconds = 0
         for number in range(self.n):
             image.seek(number)
@@ -1051,7 +1035,7 @@ class Video:
                     left.remove(number)
                 if not left:
                     return
-        raise UserError(f"{self.path} is truncated: of {self.n} frames {min(left)} cannot be decoded")
+        raise UserError(f"{self.path} is truncated: frame {min(left)} of {self.n} is not there")
 
 
 def decoded_frames(path: Path, ranges: dict[int, int],
