@@ -425,12 +425,13 @@ def overlap(train: Samples, test: Samples) -> str:
     found = []
     known = {os.path.abspath(train.path(i)) for i in range(len(train))}
     paths = [os.path.abspath(test.path(i)) for i in range(len(test))]
-    both = {"samples": [path for path in paths if path in known], "people": []}
+    paths = [path for path in paths if path in known]
+    if paths:
+        found.append(f"samples in both train and test of {test.name}: {shortened(paths)}")
     if train.people is not None and test.people is not None:
-        both["people"] = np.intersect1d(train.people, test.people)
-    for what, items in both.items():
-        if len(items):
-            found.append(f"{what} in both train and test of {test.name}: {shortened(items)}")
+        people = np.intersect1d(train.people, test.people).tolist()
+        if people:
+            found.append(f"people in both train and test of {test.name}: {shortened(people)}")
     return "; ".join(found)
 
 
@@ -857,7 +858,8 @@ def open_clip(path: Path) -> "Folder | Animation | Video | None":
         return Folder(path)
     with open_picture(path) as image:
         if image is not None:
-            return Animation(path, image) if frames_in(image) > 1 else None
+            moves = image.format in ANIMATED and getattr(image, "is_animated", False)
+            return Animation(path, image) if moves else None
     if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
         return Video(path)
     with suppress(UserError):
@@ -889,8 +891,6 @@ def read_clip(clip: "Folder | Animation | Video", numbers: list[int],
         frames[torch.tensor(numbers) == number] = frame
     return frames
 
-
-# ----------------------------------------------------------------- pictures, and clips of pictures
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image | None]:
@@ -927,11 +927,6 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def frames_in(image: Image.Image) -> int:
-    """The number of frames of a picture, 1 unless it is an animation."""
-    return getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
-
-
 class Folder:
     """A folder whose images, in natural order, are the frames."""
 
@@ -953,7 +948,7 @@ class Animation:
 
     def __init__(self, path: Path, image: Image.Image):
         self.path = path
-        self.n = frames_in(image)
+        self.n = image.n_frames
         milliseconds = 0
         for number in range(self.n):
             image.seek(number)
@@ -967,8 +962,6 @@ class Animation:
                 image.seek(number)
                 yield number, as_tensor(image)
 
-
-# ----------------------------------------------------------------------------------------- videos
 
 class Video:
     """A video. Its packets, each a coded frame, are counted first; then those are decoded that
