@@ -640,14 +640,15 @@ def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:
     part = dataset.part.format(split=split)
     left_out = dataset.left_out if path.suffix == ".csv" else ()
     rows = []
+    labels = set()
     for row in read_list(path):
+        labels.add(row.label)
         if row.name.startswith(part) and row.label not in left_out:
             stem, suffix = posixpath.splitext(row.name)
             rows.append(row._replace(name=dataset.file.format(stem=stem, suffix=suffix)))
     if not rows:
         raise UserError(f"{path} holds no samples of the split")
     first = 0
-    labels = {row.label for row in rows}
     highest = str(len(dataset.classes))
     if dataset.labels_from_1 and "0" not in labels:
         first = 1
