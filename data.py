@@ -543,12 +543,7 @@ def catalogue(name: str) -> DataSet:
     if len({label.casefold() for label in classes}) < len(classes):
         raise UserError(f"{lists[0]}: two of the classes {', '.join(classes)} differ in capitals "
                         "alone: write them the same way")
-    # The first file tells by its content or, if it cannot be read, by its suffix
-    first = folder / rows[0].name
-    is_image = first.suffix.lower() in IMAGE_SUFFIXES
-    with suppress(UserError):
-        is_image = open_clip(first) is None
-    return DataSet(name, "image" if is_image else "video", tuple(classes), "", lists,
+    return DataSet(name, kind_of(folder / rows[0].name), tuple(classes), "", lists,
                    stride=OWN_DATA_STRIDE, rate=OWN_DATA_RATE)
 
 
@@ -617,6 +612,12 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
         raise UserError(f"of {len(names)} samples of {name}, {split}, fold {fold}, not there in "
                         f"{samples.root}: {shortened(missing)} ({'; '.join(samples.notes)})")
     samples.names = np.array([os.fsencode(file) for file in found])
+    # Images among clips would be clips that stand still: the first with each suffix tells
+    suffixes = {posixpath.splitext(file)[1].lower(): file for file in reversed(found)}
+    for file in suffixes.values() if own else ():
+        if kind_of(samples.root / file) != dataset.modality:
+            raise UserError(f"{samples.root / file} is no {dataset.modality}, as the first of "
+                            f"{dataset.lists[0]}: images and clips are two data sets")
     return samples
 
 
@@ -868,6 +869,13 @@ def open_clip(path: Path) -> "Folder | Animation | Video | None":
         if video.n > 1:                     # FFmpeg takes a damaged picture for one frame
             return video
     return None
+
+
+def kind_of(path: Path) -> str:
+    """"image" or "video", by its content or, if it cannot be read, by its suffix."""
+    with suppress(UserError):
+        return "image" if open_clip(path) is None else "video"
+    return "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
 def read_clip(clip: "Folder | Animation | Video", numbers: list[int],

@@ -303,14 +303,14 @@ def test_what_a_file_is_its_content_tells(tmp_path):
         modality = data.catalogue(str(tmp_path / "train.csv")).modality
         assert modality == ("video" if name == "clip" else "image")
     (tmp_path / "lists").mkdir()            # elsewhere: the suffix tells at first, but cannot be silently wrong
-    (tmp_path / "lists/train.csv").write_text("path\nb\n")
-    for folder, names, said in (("lists", "b", "b is a picture: expected a clip"),
-                                ("", "clip\nb", "b is a picture: expected a clip"),
-                                ("", "b\nclip", "clip is no file: expected an image")):
-        (tmp_path / folder / "train.csv").write_text(f"path\n{names}\n")
-        samples = load_samples(str(tmp_path / folder / "train.csv"), tmp_path, "train")
-        with pytest.raises(UserError, match=said):
-            data.TestData(samples, SMALL)[len(samples) - 1]
+    for folder, names, said in (("lists", "b", "/b is no video"), ("", "a.jfif\nclip", "/clip is no image"),
+                                ("", "clip\na.jfif", "/a.jfif is no video")):
+        path = tmp_path / folder / "train.csv"
+        path.write_text(f"path\n{names}\n")
+        assert said in error_of(str(path), tmp_path) and "two data sets" in error_of(str(path), tmp_path)
+    samples = Samples("own", "video", ("a",), tmp_path, np.array([b"a.jfif"]), np.array([0]))
+    with pytest.raises(UserError, match="a.jfif is a picture: expected a clip"):
+        data.TestData(samples, SMALL)[0]
 
 
 @pytest.mark.parametrize("train, test", [("train", "test"), ("Train", "TEST")])
