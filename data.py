@@ -513,7 +513,6 @@ CATALOGUE = {dataset.name: dataset for dataset in (
     DataSet("synthetic-unlabelled", "video", (), "synthetic/VoxCeleb2",
             ("synthetic/VoxCeleb2/files.txt",), stride=2, box=(12, 0, 60, 60)),
 )}
-OWN_DATA_STRIDE = 4                         # of clips: a window of 2.6 seconds, as for DFEW
 OWN_DATA_RATE = 25.0
 NEXT_LIST = r"(?i)(?<=\.csv),\s*"           # another comma is a part of a folder's name
 SPLIT_WORDS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
@@ -543,8 +542,9 @@ def catalogue(name: str) -> DataSet:
     if len({label.casefold() for label in classes}) < len(classes):
         raise UserError(f"{lists[0]}: two of the classes {', '.join(classes)} differ in capitals "
                         "alone: write them the same way")
-    return DataSet(name, kind_of(folder / rows[0].name), tuple(classes), "", lists,
-                   stride=OWN_DATA_STRIDE, rate=OWN_DATA_RATE)
+    # Stride 4: 16 frames span 2.6 seconds, as of DFEW
+    return DataSet(name, kind_of(folder / rows[0].name), tuple(classes), "", lists, stride=4,
+                   rate=OWN_DATA_RATE)
 
 
 def short_name(name: str) -> str:
@@ -562,9 +562,9 @@ def dataset_name(modality: str | None = None, labelled: bool = False, others: tu
         if modality in (None, dataset.modality) and (dataset.classes or not labelled):
             return dataset.name
         labels = "with labels" if dataset.classes else "without labels"
-        wanted = [f"{modality}s{' with labels' if labelled else ''}", *others]
+        wanted = f"{modality}s with labels" if labelled else f"{modality}s"
         raise UserError(f"{name} holds {dataset.modality}s {labels}: expected "
-                        f"{' or '.join(wanted)}")
+                        f"{' or '.join([wanted, *others])}")
     return check
 
 
@@ -589,10 +589,18 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
         number = {label: i for i, label in enumerate(dataset.classes)} or {"": -1}
         samples.notes = [f"{path}: {', '.join(dataset.classes) or 'no labels'}"]
     else:
-        samples.root, path = need(dataset, Path(data_root), split, fold)
+        samples.root = samples.root / dataset.folder
+        subset = "training" if split == "train" else "validation"           # AffectNet's words
+        lists = []
+        for path in dataset.lists:
+            lists.append(Path(data_root, path.format(split=split, subset=subset, fold=fold)))
         if not dataset.classes:
-            list_videos(samples, path)
+            list_videos(samples, lists[0])
             return samples
+        path = next(filter(Path.is_file, lists), None)
+        if not path:
+            raise UserError(f"{' or '.join(map(str, lists))} must be there (--dataset synthetic "
+                            "needs no download: python tests/faces.py)")
         rows, number, samples.notes = catalogue_rows(dataset, path, split)
     for row in rows:
         if row.label not in number:
@@ -619,20 +627,6 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
             raise UserError(f"{samples.root / file} is no {dataset.modality}, as the first of "
                             f"{dataset.lists[0]}: images and clips are two data sets")
     return samples
-
-
-def need(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple[Path, Path]:
-    """A set's folder and the split's list. UserError if one is not there."""
-    folder = data_root / dataset.folder
-    subset = "training" if split == "train" else "validation"               # AffectNet's words
-    lists = [data_root / path.format(split=split, subset=subset, fold=fold)
-             for path in dataset.lists]
-    found = [path for path in lists if path.is_file()]
-    if not folder.is_dir() or dataset.classes and not found:
-        raise UserError(f"below --data-root there must be {folder} and "
-                        f"{' or '.join(map(str, lists))}: not all are there. The drawn faces "
-                        "(--dataset synthetic) need no download: python tests/faces.py")
-    return folder, (found or lists)[0]
 
 
 def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:
