@@ -16,7 +16,7 @@ import signal
 import struct
 import unicodedata
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from glob import iglob
 from multiprocessing.queues import Queue
@@ -49,7 +49,7 @@ class Samples:
     people: np.ndarray | None = None        # (n,) bytes: who is seen, where that is known
     fold: int = 1
     box: tuple[int, int, int, int] | None = None        # of every frame: left, top, width, height
-    notes: list[str] | tuple = ()           # what was recognised, to be printed
+    notes: list[str] = field(default_factory=list)      # what was recognised, to be printed
     frames_as_images: bool = False          # a random frame stands for an image (Table IV, row 5)
 
     def __len__(self) -> int:
@@ -466,7 +466,6 @@ class DataSet(NamedTuple):
     lists: tuple[str, ...]                  # of which the first is taken that is there
     folds: int = 1
     stride: int = 1                         # of the frames of a clip
-    rate: float | None = None               # frames a second that stride counts; None: the file's
     box: tuple[int, int, int, int] | None = None        # of every frame: left, top, width, height
     labels_from_1: bool = False             # as the set is handed out; from 0 is met, too
     left_out: tuple[str, ...] = ()          # labels of other classes in its own .csv
@@ -540,11 +539,9 @@ def catalogue(name: str) -> DataSet:
     folder, rows = own_rows(lists[0])
     classes = sorted({row.label for row in rows} - {""})
     if len({label.casefold() for label in classes}) < len(classes):
-        raise UserError(f"{lists[0]}: two of the classes {', '.join(classes)} differ in capitals "
-                        "alone: write them the same way")
+        raise UserError(f"{lists[0]}: two of the classes {', '.join(classes)} differ in capitals")
     # Stride 4: 16 frames span 2.6 seconds, as of DFEW
-    return DataSet(name, kind_of(folder / rows[0].name), tuple(classes), "", lists, stride=4,
-                   rate=OWN_DATA_RATE)
+    return DataSet(name, kind_of(folder / rows[0].name), tuple(classes), "", lists, stride=4)
 
 
 def short_name(name: str) -> str:
@@ -577,30 +574,24 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
         raise UserError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
     if dataset.modality == "image":
         stride = 1
-    samples = Samples(dataset.name, dataset.modality, dataset.classes, Path(data_root), None, None,
-                      stride or dataset.stride, dataset.rate, fold=fold, box=dataset.box)
     own = dataset.name not in CATALOGUE
+    samples = Samples(dataset.name, dataset.modality, dataset.classes, Path(data_root), None, None,
+                      stride or dataset.stride, OWN_DATA_RATE if own else None, fold=fold,
+                      box=dataset.box)
     if own:
         if split == "test" and len(dataset.lists) == 1:
-            raise UserError(f"{dataset.lists[0]} has no test part beside it: expected "
-                            "train.csv,test.csv, or a folder with train and test")
+            raise UserError(f"{name} has no test part: expected train.csv,test.csv, or a folder "
+                            "with train and test")
         path = dataset.lists[split == "test"]
         samples.root, rows = own_rows(path)
         number = {label: i for i, label in enumerate(dataset.classes)} or {"": -1}
         samples.notes = [f"{path}: {', '.join(dataset.classes) or 'no labels'}"]
     else:
         samples.root = samples.root / dataset.folder
-        subset = "training" if split == "train" else "validation"           # AffectNet's words
-        lists = []
-        for path in dataset.lists:
-            lists.append(Path(data_root, path.format(split=split, subset=subset, fold=fold)))
         if not dataset.classes:
-            list_videos(samples, lists[0])
+            list_videos(samples, Path(data_root, *dataset.lists))
             return samples
-        path = next(filter(Path.is_file, lists), None)
-        if not path:
-            raise UserError(f"{' or '.join(map(str, lists))} must be there (--dataset synthetic "
-                            "needs no download: python tests/faces.py)")
+        path = find_list(dataset, Path(data_root), split, fold)
         rows, number, samples.notes = catalogue_rows(dataset, path, split)
     for row in rows:
         if row.label not in number:
@@ -620,13 +611,27 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
         raise UserError(f"of {len(names)} samples of {name}, {split}, fold {fold}, not there in "
                         f"{samples.root}: {shortened(missing)} ({'; '.join(samples.notes)})")
     samples.names = np.array([os.fsencode(file) for file in found])
-    # Images among clips would be clips that stand still: the first with each suffix tells
-    suffixes = {posixpath.splitext(file)[1].lower(): file for file in reversed(found)}
-    for file in suffixes.values() if own else ():
-        if kind_of(samples.root / file) != dataset.modality:
-            raise UserError(f"{samples.root / file} is no {dataset.modality}, as the first of "
-                            f"{dataset.lists[0]}: images and clips are two data sets")
+    if own:                                 # the first file with each suffix stands for the others
+        first = {}
+        for file in found:
+            first.setdefault(posixpath.splitext(file)[1].lower(), samples.root / file)
+        for file in first.values():
+            if kind_of(file) != dataset.modality:
+                raise UserError(f"{file} is no {dataset.modality} as the first sample: images and "
+                                "clips are two data sets")
     return samples
+
+
+def find_list(dataset: DataSet, data_root: Path, split: str, fold: int) -> Path:
+    subset = "training" if split == "train" else "validation"               # AffectNet's words
+    paths = []
+    for name in dataset.lists:
+        path = data_root / name.format(split=split, subset=subset, fold=fold)
+        if path.is_file():
+            return path
+        paths.append(str(path))
+    raise UserError(f"{' or '.join(paths)} must be there (--dataset synthetic needs no download: "
+                    "python tests/faces.py)")
 
 
 def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:
@@ -659,10 +664,7 @@ def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:
 def list_videos(samples: Samples, path: Path) -> None:
     """Name VoxCeleb2's videos, id*/VIDEO/*.mp4. A million are listed once, in the file `path`, if
     one may write there. UserError if there are none."""
-    if path.is_file() and path.stat().st_size:
-        names = path.read_bytes().splitlines()
-        note = f"{path}: {len(names)} files, as listed then (delete it to list anew)"
-    else:
+    if not path.is_file() or not path.stat().st_size:
         found = iglob("id*/*/*.mp4", root_dir=samples.root)
         names = []
         for name in tqdm(found, f"listing {samples.root}", unit=" videos"):
@@ -670,14 +672,16 @@ def list_videos(samples: Samples, path: Path) -> None:
         if not names:
             raise UserError(f"{samples.root} holds no file id*/*/*.mp4")
         names.sort()
-        note = f"{samples.root}: {len(names)} files listed now"
+        samples.notes = [f"{samples.root}: {len(names)} files listed now"]
         part = path.with_name(f"files.{os.getpid()}.part")  # several processes may do this at once
         with suppress(OSError):
             part.write_bytes(b"\n".join(names))
             os.replace(part, path)
+    else:
+        names = path.read_bytes().splitlines()
+        samples.notes = [f"{path}: {len(names)} files, as listed then (delete it to list anew)"]
     samples.names = np.array(names)
     samples.labels = np.full(len(names), -1)
-    samples.notes = [note]
 
 
 # ------------------------------------------------------------------------------------------ lists
@@ -705,8 +709,7 @@ def read_list(path: Path, own: bool = False) -> list[Row]:
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not in UTF-8, but in GBK, Windows-1252 or the like: save it as "
-                        "CSV UTF-8") from error
+        raise UserError(f"{path} is in GBK, Windows-1252 or alike: save it as CSV UTF-8") from error
     is_csv = path.suffix.lower() == ".csv"
     columns = {} if is_csv else {"name": 0, "label": 1}
     width = len(columns)
@@ -743,8 +746,7 @@ def own_rows(path: Path) -> tuple[Path, list["Row"]]:
     rows = []
     for label in visible(path):
         if not (path / label).is_dir():
-            raise UserError(f"{path / label} lies beside folders of classes: expected "
-                            f"{path / 'CLASS' / label}, or a list as train.csv")
+            raise UserError(f"{path / label} lies beside folders of classes: put it into one")
         for file in visible(path / label):
             rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
     if not rows:
@@ -772,10 +774,9 @@ def header_columns(fields: list[str], where: str, own: bool) -> dict[str, int]:
 
 def look(text: str) -> str:
     """A name as it looks: composed letters, single spaces, nothing invisible."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
-    return " ".join(text.split())
+    letters = unicodedata.normalize("NFC", text)
+    visible = [letter for letter in letters if unicodedata.category(letter) != "Cf"]
+    return " ".join("".join(visible).split())
 
 
 def locate(root: Path, names: list[str], modality: str) -> list[str | None]:
@@ -901,8 +902,7 @@ def open_picture(path: Path) -> Iterator[Image.Image | None]:
     UserError for what is damaged, for HEIC, of which FFmpeg would show one tile, and for what is no
     file: reading a pipe would wait for ever."""
     if not os.path.isfile(path):
-        found = "no file" if os.path.exists(path) else "not there"
-        raise UserError(f"{path} is {found}: expected an image or a video")
+        raise UserError(f"{path} is not there, or no file: expected an image or a video")
     image = None
     try:
         with open(path, "rb") as file:
@@ -1001,25 +1001,22 @@ class Video:
         if self.n == 0:
             raise UserError(f"{path} is truncated: it has no frames")
 
-    def needed(self, times: set[int]) -> dict[int, int]:
-        """Packets {first: last} that frames of these times need: from the last key frame that is
-        shown no later. (In an open group of pictures, frames shown before a key frame but stored
-        behind it need the frames before it, too.)"""
-        ranges = {}
-        start = 0
-        for time, place in sorted(zip(self.packets, range(len(self.packets)))):
-            if time in self.keys:
-                start = place
-            if time in times:
-                ranges[start] = max(ranges.get(start, 0), place)
-        return ranges
-
     def decode(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
         left = set(wanted)
         ways = [(self.everything, None)]    # which finds whatever can be decoded
         if self.numbers:
+            # Each frame from the last key frame that is shown no later. (In an open group of
+            # pictures, frames shown before a key frame but stored behind it need the frames before
+            # it, too.)
             times = {time for time, number in self.numbers.items() if number in left}
-            ways.insert(0, (self.needed(times), times))
+            ranges = {}
+            start = 0
+            for time, place in sorted(zip(self.packets, range(len(self.packets)))):
+                if time in self.keys:
+                    start = place
+                if time in times:
+                    ranges[start] = max(ranges.get(start, 0), place)
+            ways.insert(0, (ranges, times))
         to_rgb = VideoReformatter()         # one for all frames keeps its tables
         for ranges, times in ways:
             for count, frame in enumerate(decoded_frames(self.path, ranges, times)):

@@ -149,7 +149,7 @@ def test_voxceleb2s_files_are_listed_once(tmp_path):
     (root / first[0]).unlink()
     sources = {"video": Source(samples.subset(np.array([0])), 1, 1)}
     unreadable = data.TrainingData(sources, "pretrain", SMALL)[data.schedule_epoch(sources, 0, 0)[0][0]][-1]
-    assert unreadable == [f"{root / first[0]} is not there: expected an image or a video"]
+    assert unreadable == [f"{root / first[0]} is not there, or no file: expected an image or a video"]
     (root / "files.txt").unlink()
     (root / "files.txt").mkdir()            # cannot be written: works without
     samples = load_samples("voxceleb2", tmp_path, "train")
