@@ -630,8 +630,8 @@ def find_list(dataset: DataSet, data_root: Path, split: str, fold: int) -> Path:
         if path.is_file():
             return path
         paths.append(str(path))
-    raise UserError(f"{' or '.join(paths)} must be there (--dataset synthetic needs no download: "
-                    "python tests/faces.py)")
+    raise UserError(f"{data_root / dataset.folder} and {' or '.join(paths)} must be there "
+                    "(--dataset synthetic needs no download: python tests/faces.py)")
 
 
 def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:

@@ -119,9 +119,9 @@ def test_a_bad_list_is_an_error_that_names_file_and_value(tmp_path, name, text, 
 
 
 def test_missing_data_names_what_was_looked_for_and_the_synthetic_way_out(tmp_path):
-    for name, (_, split) in LAYOUT.items():
+    for name, (folder, split) in LAYOUT.items():
         message = error_of(name, tmp_path)
-        assert str(tmp_path / split) in message and "synthetic" in message
+        assert str(tmp_path / folder) in message and str(tmp_path / split) in message and "synthetic" in message
     write_set(tmp_path, "dfew", "video_name,label\n00001,0\n00002,1\n00003,2\n", ["00001", "00003"])
     message = error_of("dfew", tmp_path)
     assert "00002" in message and "00001" not in message and str(tmp_path / LAYOUT["dfew"][0]) in message
