@@ -296,8 +296,7 @@ class TrainingData(torch.utils.data.Dataset):
 
     def __init__(self, sources: dict[str, Source], stage: str, size: Size, strength: str = "paper"):
         self.sources = sources
-        self.frames = size.frames
-        self.pixels = size.pixels
+        self.size = size
         self.which_frames = {}              # of a video
         self.transform = {}                 # of a frame, as it is read
         self.augment = {}                   # of an image or a clip
@@ -327,8 +326,9 @@ class TrainingData(torch.utils.data.Dataset):
                 views.append(self.augment[m](x))
                 labels.append(int(source.samples.labels[index]))
         if not views:
-            frames = [self.frames] if m == "video" else []
-            views.append(torch.zeros(*frames, 3, self.pixels, self.pixels, dtype=torch.uint8))
+            frames = [self.size.frames] if m == "video" else []
+            shape = *frames, 3, self.size.pixels, self.size.pixels
+            views.append(torch.zeros(shape, dtype=torch.uint8))
             labels.append(0)
             micro = replace(micro, weight=0.0)
         x = torch.empty(len(views), *views[0].shape, dtype=torch.uint8)
@@ -880,8 +880,9 @@ def read_clip(clip: "Folder | Animation | Video", numbers: list[int],
     transform: what every frame (3, h, w) goes through as it is decoded, so that memory follows what
     is kept. title: of a bar that shows progress. UserError names what cannot be decoded."""
     wanted = sorted(set(numbers))
-    decoded = tqdm(clip.decode(wanted), title, len(wanted), leave=False, unit=" frames",
-                   disable=None if title else True)
+    decoded = clip.decode(wanted)
+    if title:                               # loading processes must not share the bar's lock
+        decoded = tqdm(decoded, title, len(wanted), leave=False, unit=" frames", disable=None)
     frames = None
     for number, frame in decoded:
         frame = transform(frame)
