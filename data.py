@@ -746,7 +746,8 @@ def own_rows(path: Path) -> tuple[Path, list["Row"]]:
     rows = []
     for label in visible(path):
         if not (path / label).is_dir():
-            raise UserError(f"{path / label} lies beside folders of classes: put it into one")
+            raise UserError(f"{path / label} lies beside folders of classes: put it into one, or "
+                            "give a list as train.csv")
         for file in visible(path / label):
             rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
     if not rows:
