@@ -34,9 +34,8 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (CATALOGUE, Samples, TestData, boxed, catalogue, dataset_name, fixed_crop,
-                  is_clip, load_samples, loader, own_lists, read_clip, read_image, resampled,
-                  to_float, video_length)
+from data import (CATALOGUE, Samples, TestData, boxed, catalogue, dataset_name, load_samples,
+                  loader, open_clip, read_clip, read_image, resampled, to_float)
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, MaskedAutoencoder, Size, UserError,
                    at_least_fp32, channel_values, normalised_target, patchify, read_checkpoint,
                    rebuild, unnamed, whole_file)
@@ -393,7 +392,7 @@ def load_tests(run: Run, file: Path, checkpoint: dict) -> list[Samples]:
             crop = args.crop or (identity.get("crop") if trained else None)
             # One's own clips are sampled at the step in time that the training clips had
             rate = samples.rate and identity.get("video rate", samples.rate)
-            samples = replace(samples, box=crop, rate=rate)
+            samples = replace(samples, box=crop or samples.box, rate=rate)
         tests.append(samples)
     if not tests:
         raise UserError(f"{file} does not say what it was trained on: give --dataset, and --fold")
@@ -481,19 +480,19 @@ def show_media(run: Run, checkpoint_file: Path, checkpoint: dict) -> None:
     """Predictions for one's own images, and for videos the mean over clips that cover them. What
     cannot be used is named before any work."""
     model = load_model(run, checkpoint_file, checkpoint)
-    kinds = {}
+    clips = {}
     for file in run.args.media:
-        m = kinds[file] = "video" if is_clip(file) else "image"
+        clips[file] = open_clip(file)       # counted, not decoded: a broken file is found in time
+        m = "video" if clips[file] else "image"
         if m not in model.head:
             raise UserError(f"{file} is {m} data, which this model was trained without")
-        if m == "video":
-            video_length(file)              # counted, not decoded: a broken file is found in time
     transform = resize = v2.Resize((model.size.pixels, model.size.pixels), antialias=True)
-    for file, m in kinds.items():
+    for file, clip in clips.items():
+        m = "video" if clip else "image"
         if run.args.crop:
             transform = v2.Compose([partial(boxed, box=run.args.crop, path=file), resize])
         if m == "video":
-            views, seconds, note = read_whole(model.size, checkpoint, file, transform)
+            views, seconds, note = read_whole(model.size, checkpoint, clip, transform)
         else:
             views, note = transform(read_image(file))[None], ""             # (1, 3, H, W)
         # In parts, as 64 clips of size base do not fit into a small GPU at once
@@ -518,23 +517,21 @@ def show_media(run: Run, checkpoint_file: Path, checkpoint: dict) -> None:
         run.lines.append(f"\nOwn {m}s: {len(rows)}\n{markdown(columns, rows)}")
 
 
-def read_whole(size: Size, checkpoint: dict, file: Path, transform) -> tuple:
-    """Clips that cover a video, at the training clips' step in time, uint8 (W, T, 3, H, W); the
-    seconds of their middles; and a note."""
+def read_whole(size: Size, checkpoint: dict, clip, transform) -> tuple:
+    """Clips that cover a video, opened, at the training clips' step in time, uint8 (W, T, 3, H, W);
+    the seconds of their middles; and a note."""
     identity = checkpoint.get("identity", {})
     stride = identity.get("video stride") or 4
     rate = identity.get("video rate") or 25.0
-    n, own_rate = video_length(file)
     choose = partial(covering_frames, frames=size.frames, stride=stride)
-    frames = resampled(choose, n, own_rate or 25.0, rate)
-    with tqdm(desc=f"decoding {file.name}", unit=" frames", leave=False, disable=None) as bar:
-        views = read_clip(file, lambda *_: frames, transform, lambda done: bar.update(done - bar.n))
+    frames = resampled(choose, clip.n, clip.rate or 25.0, rate)
+    views = read_clip(clip, frames, transform, f"decoding {clip.path.name}")
     views = views.unflatten(0, (-1, size.frames))
-    seconds = n / (own_rate or 25.0)
-    middles = np.reshape(frames, (-1, size.frames))[:, size.frames // 2] * seconds / n
+    seconds = clip.n / (clip.rate or 25.0)
+    middles = np.reshape(frames, (-1, size.frames))[:, size.frames // 2] * seconds / clip.n
     note = (f", the mean over {len(views)} clips of {size.frames * stride / rate:.1f} seconds, "
             f"spread over its {seconds:.1f} seconds")
-    if own_rate is None:
+    if clip.rate is None:
         note += ", if it has 25 frames a second, which nothing says"
     return views, middles.round(2), note
 
@@ -544,7 +541,7 @@ def read_whole(size: Size, checkpoint: dict, file: Path, transform) -> tuple:
 def data_name(samples: Samples) -> str:
     """A test set, called what it is."""
     if samples.name not in CATALOGUE:
-        return "/".join(own_lists(samples.name)[-1].parts[-2:])
+        return "/".join(catalogue(samples.name).lists[-1].parts[-2:])
     return samples.name + (f", fold {samples.fold}" if catalogue(samples.name).folds > 1 else "")
 
 
@@ -770,8 +767,6 @@ def show_reconstructions(run: Run, file: Path, checkpoint: dict) -> None:
     for samples in load_tests(run, file, checkpoint):
         m = samples.modality
         data = TestData(samples, model.size)
-        cut = partial(fixed_crop, part=samples.crop)                        # as in stage 1
-        data.frame_transform = v2.Compose([cut, data.frame_transform])
         # Eight images, or eight frames of a video
         index = np.linspace(0, len(samples) - 1, 8 if m == "image" else 1).astype(int)
         x = torch.stack([data[i][1][0] for i in index])

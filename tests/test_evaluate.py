@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 import data
 import evaluate
-from data import load_samples, read_clip, to_float
+from data import load_samples, open_clip, read_clip, to_float
 from evaluate import (attention, class_centres, class_numbers, confusion_matrix, covering_frames, cross_task,
                       gate_statistics, join_folds, markdown, metrics, observe, reconstruct, table, unpatchify)
 from model import S4D, MaskedAutoencoder, UserError, normalised_target, patchify, unnamed
@@ -451,13 +452,18 @@ def test_clips_cover_a_video():
     assert len(clips) == 64 and np.ptp(np.diff(starts)) <= 1, "of a long one some, spread evenly"
 
 
+def every_frame(path):
+    clip = open_clip(path)
+    return read_clip(clip, list(range(clip.n)))
+
+
 def video(path, faces, rate=25, seconds=1):
     """Test clips of three classes one after the other, each for some seconds."""
     import av
     samples = load_samples("synthetic", faces, "test")
     frames = []
     for label in (0, 3, 4):
-        clip = read_clip(samples.path(int(np.flatnonzero(samples.labels == label)[0])), lambda n, _: list(range(n)))
+        clip = every_frame(samples.path(int(np.flatnonzero(samples.labels == label)[0])))
         frames += [clip[int(25 * i / rate) % len(clip)] for i in range(seconds * rate)]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "1"})
@@ -474,7 +480,7 @@ def test_own_media_of_every_kind(runs, faces, tmp_path):
     for rate in (25, 60):
         video(tmp_path / f"{rate}.mp4", faces, rate)
     (tmp_path / "frames").mkdir()
-    for i, frame in enumerate(read_clip(tmp_path / "25.mp4", lambda n, rate: list(range(n)))):
+    for i, frame in enumerate(every_frame(tmp_path / "25.mp4")):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"frames/{i}.png")
     text = run_here(tmp_path, "evaluate.py", "--checkpoint", runs / "fold1/best.pt", "25.mp4", photo, "60.mp4",
                     "frames", "--report", "out")
@@ -486,7 +492,9 @@ def test_own_media_of_every_kind(runs, faces, tmp_path):
     assert at_25 == as_frames and at_25 == pytest.approx(at_60, abs=0.02), "time is time"
     model = evaluate.rebuild(torch.load(runs / "fold1/best.pt"), "best.pt").eval()
     samples = replace(load_samples("synthetic", faces, "test"), root=tmp_path, names=np.array([b"25.mp4"]), stride=2)
-    views = data.TestData(samples, model.size, covering_frames, 4)[0][1]
+    tested = data.TestData(samples, model.size)
+    tested.which_frames = partial(covering_frames, frames=16, stride=2)
+    views = tested[0][1]
     course = model(to_float(views)).softmax(-1).detach()
     assert at_25 == pytest.approx(course.mean(0).tolist(), abs=0.01)        # bf16 where it is fast
     results = results_in(tmp_path / "out")

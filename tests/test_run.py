@@ -201,7 +201,7 @@ def test_validation_data_can_choose_the_best_epoch(runs, faces):
 @pytest.mark.parametrize("status, arguments, expected", [
     (1, ["finetune.py", "--fold", 6], "fold 6 of dfew: expected 1 to 5"),
     (2, ["finetune.py", "--fold", 0], "argument --fold: 0: expected 1 or more"),
-    (2, ["finetune.py", "--dataset", "celebs"], "unknown data set 'celebs'"),
+    (1, ["finetune.py", "--dataset", "celebs"], "unknown data set 'celebs'"),
     (2, ["finetune.py", "--crop", "1,2,3"], "argument --crop"),
     (1, ["finetune.py"], "DFEW/clip_jpg_256"),
     (1, ["finetune.py"], "python tests/faces.py"),
