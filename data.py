@@ -7,7 +7,6 @@ the line of '=' follows what can be skipped: loading processes, data sets, lists
 
 B batch    T frames of a clip    H x W pixels    n samples, or frames of a video    v views of one
 """
-import argparse
 import csv
 import hashlib
 import os
@@ -17,10 +16,9 @@ import signal
 import struct
 import unicodedata
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from glob import iglob
-from itertools import pairwise, product
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -34,8 +32,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from model import IMAGE_MEAN, IMAGE_STD, Size, UserError, channel_values
-
-WHOLE = (0, 0, 1, 1)                        # a frame's part as fractions (top, left, height, width)
 
 
 @dataclass
@@ -52,9 +48,8 @@ class Samples:
     rate: float | None = None               # frames a second that stride counts; None: the file's
     people: np.ndarray | None = None        # (n,) bytes: who is seen, where that is known
     fold: int = 1
-    crop: tuple[float, float, float, float] = WHOLE     # what stage 1 sees of a frame
-    box: tuple[int, int, int, int] | None = None        # --crop: left, top, width, height
-    notes: tuple[str, ...] = ()             # what was recognised, to be printed
+    box: tuple[int, int, int, int] | None = None        # of every frame: left, top, width, height
+    notes: list[str] = field(default_factory=list)      # what was recognised, to be printed
     frames_as_images: bool = False          # a random frame stands for an image (Table IV, row 5)
 
     def __len__(self) -> int:
@@ -117,14 +112,12 @@ def pad(numbers: list[int], length: int) -> list[int]:
 
 # ----------------------------------------------------------------------------------- augmentation
 
-def frame_transform(stage: str, samples: Samples, pixels: int,
-                    strength: str = "paper") -> v2.Transform:
+def frame_transform(stage: str, modality: str, pixels: int, strength: str = "paper") -> Callable:
     """What every frame goes through as it is read, (3, h, w) -> (3, h', w'): nothing random, and
     from there on memory follows the model's frames. stage, strength: as of `augmentation`."""
     if stage == "pretrain":                 # `augmentation` crops: only large frames shrink here
-        crop = partial(fixed_crop, part=samples.crop)
-        return v2.Compose([crop, partial(shrink, most=2 * pixels)])
-    if stage == "finetune" and samples.modality == "image" and strength == "paper":
+        return partial(shrink, most=2 * pixels)
+    if modality == "image" and strength == "paper":
         pixels = pixels * 6 // 5            # 192 for 160
     return v2.Resize((pixels, pixels), antialias=True)
 
@@ -175,22 +168,16 @@ class PixelErasing(v2.RandomErasing):
         return params
 
 
-def fixed_crop(x: torch.Tensor, part: tuple[float, float, float, float]) -> torch.Tensor:
-    """A fixed part of a frame, as fractions (top, left, height, width) of its size."""
-    h, w = x.shape[-2:]
-    top, left, height, width = part
-    box = [round(top * h), round(left * w), round(height * h), round(width * w)]
-    return v2.functional.crop(x, *box)
-
-
 def boxed(x: torch.Tensor, box: tuple[int, int, int, int], path: Path) -> torch.Tensor:
     """The box (left, top, width, height), in pixels, of a frame of the file `path`. UserError if
     the frame does not hold it."""
     h, w = x.shape[-2:]
     left, top, width, height = box
-    if left + width > w or top + height > h:
+    right = left + width
+    bottom = top + height
+    if right > w or bottom > h:
         raise UserError(f"{path}, {w} x {h} pixels, does not hold --crop {box} (x,y,width,height)")
-    return v2.functional.crop(x, top, left, height, width)
+    return x[..., top:bottom, left:right]
 
 
 def shrink(x: torch.Tensor, most: int) -> torch.Tensor:
@@ -309,8 +296,7 @@ class TrainingData(torch.utils.data.Dataset):
 
     def __init__(self, sources: dict[str, Source], stage: str, size: Size, strength: str = "paper"):
         self.sources = sources
-        self.frames = size.frames
-        self.pixels = size.pixels
+        self.size = size
         self.which_frames = {}              # of a video
         self.transform = {}                 # of a frame, as it is read
         self.augment = {}                   # of an image or a clip
@@ -319,7 +305,7 @@ class TrainingData(torch.utils.data.Dataset):
             stride = source.samples.stride
             frames = 1 if source.samples.frames_as_images else size.frames
             self.which_frames[m] = partial(choose, frames=frames, stride=stride)
-            self.transform[m] = frame_transform(stage, source.samples, size.pixels, strength)
+            self.transform[m] = frame_transform(stage, m, size.pixels, strength)
             self.augment[m] = augmentation(stage, m, size.pixels, strength)
 
     def __getitem__(self, micro: MicroBatch):
@@ -340,8 +326,9 @@ class TrainingData(torch.utils.data.Dataset):
                 views.append(self.augment[m](x))
                 labels.append(int(source.samples.labels[index]))
         if not views:
-            frames = [self.frames] if m == "video" else []
-            views.append(torch.zeros(*frames, 3, self.pixels, self.pixels, dtype=torch.uint8))
+            frames = [self.size.frames] if m == "video" else []
+            shape = *frames, 3, self.size.pixels, self.size.pixels
+            views.append(torch.zeros(shape, dtype=torch.uint8))
             labels.append(0)
             micro = replace(micro, weight=0.0)
         x = torch.empty(len(views), *views[0].shape, dtype=torch.uint8)
@@ -355,25 +342,22 @@ class TrainingData(torch.utils.data.Dataset):
 
 class TestData(torch.utils.data.Dataset):
     """Samples as evaluation sees them: data[i] -> (i, views uint8 (v, ...), label). UserError for a
-    sample that cannot be read.
-    which_frames(n, frames, stride): the frames of `clips` clips of a video of n frames, joined."""
+    sample that cannot be read."""
 
-    def __init__(self, samples: Samples, size: Size, which_frames: Callable = test_frames,
-                 clips: int = 2):
+    def __init__(self, samples: Samples, size: Size):
         self.samples = samples
         self.frames = size.frames
-        self.clips = clips
-        self.which_frames = partial(which_frames, frames=size.frames, stride=samples.stride)
-        self.frame_transform = v2.Resize((size.pixels, size.pixels), antialias=True)
+        self.which_frames = partial(test_frames, frames=size.frames, stride=samples.stride)
+        self.transform = v2.Resize((size.pixels, size.pixels), antialias=True)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int):
-        """views: (1, 3, H, W) of an image, (clips, T, 3, H, W) of a video."""
-        x = read_sample(self.samples, index, self.frame_transform, self.which_frames)
+        """views: (1, 3, H, W) of an image, (2, T, 3, H, W) of a video, its two clips."""
+        x = read_sample(self.samples, index, self.transform, self.which_frames)
         is_image = self.samples.modality == "image"
-        views = x[None] if is_image else x.unflatten(0, (self.clips, self.frames))
+        views = x[None] if is_image else x.unflatten(0, (-1, self.frames))
         return index, views, int(self.samples.labels[index])
 
 
@@ -381,26 +365,40 @@ def read_sample(samples: Samples, index: int, transform: Callable,
                 which_frames: Callable) -> torch.Tensor:
     """An image (3, h, w), or frames of a video (T, 3, h, w), uint8, each frame cut to samples.box
     and transformed. which_frames(n): the frames wanted of n, at the samples' frames a second."""
-    def at_rate(n: int, rate: float | None) -> list[int]:
-        return resampled(which_frames, n, rate, samples.rate or rate)
-
     path = samples.path(index)
     if samples.box:
         transform = v2.Compose([partial(boxed, box=samples.box, path=path), transform])
     if samples.modality == "image" and not samples.frames_as_images:
         return transform(read_image(path))
-    clip = read_clip(path, at_rate, transform)
-    return clip[0] if samples.frames_as_images else clip
+    clip = open_clip(path)
+    if clip is None:
+        raise UserError(f"{path} is a picture: expected a clip")
+    numbers = resampled(which_frames, clip.n, clip.rate, samples.rate)
+    frames = read_clip(clip, numbers, transform)
+    return frames[0] if samples.frames_as_images else frames
+
+
+def resampled(which_frames: Callable, n: int, rate: float | None,
+              wanted_rate: float | None) -> list[int]:
+    """Frame numbers as `which_frames`, a function of the number of frames alone, chooses them in a
+    clip of `wanted_rate` frames a second, mapped to one of n frames at `rate`, if that is known."""
+    if None in (rate, wanted_rate) or rate == wanted_rate:
+        return which_frames(n)
+    step = rate / wanted_rate
+    numbers = []
+    for number in which_frames(max(1, round(n / step))):
+        numbers.append(min(int(number * step + 0.5), n - 1))
+    return numbers
 
 
 def frame_rate(samples: Samples) -> float:
-    """Frames a second of training clips: of the first one that can be read, or 25 where its file
-    does not tell."""
+    """Frames a second of training clips: of the first one, or 25 where its file does not tell."""
     if samples.rate:
         return samples.rate
-    for i in range(len(samples)):
-        with suppress(UserError):           # training names what cannot be read
-            return video_length(samples.path(i))[1] or OWN_DATA_RATE
+    with suppress(UserError):               # training names what cannot be read
+        clip = open_clip(samples.path(0))
+        if clip and clip.rate:
+            return clip.rate
     return OWN_DATA_RATE
 
 
@@ -427,12 +425,13 @@ def overlap(train: Samples, test: Samples) -> str:
     found = []
     known = {os.path.abspath(train.path(i)) for i in range(len(train))}
     paths = [os.path.abspath(test.path(i)) for i in range(len(test))]
-    both = {"samples": [path for path in paths if path in known], "people": []}
+    paths = [path for path in paths if path in known]
+    if paths:
+        found.append(f"samples in both train and test of {test.name}: {shortened(paths)}")
     if train.people is not None and test.people is not None:
-        both["people"] = np.intersect1d(train.people, test.people)
-    for what, items in both.items():
-        if len(items):
-            found.append(f"{what} in both train and test of {test.name}: {shortened(items)}")
+        people = np.intersect1d(train.people, test.people).tolist()
+        if people:
+            found.append(f"people in both train and test of {test.name}: {shortened(people)}")
     return "; ".join(found)
 
 
@@ -467,8 +466,7 @@ class DataSet(NamedTuple):
     lists: tuple[str, ...]                  # of which the first is taken that is there
     folds: int = 1
     stride: int = 1                         # of the frames of a clip
-    rate: float | None = None               # frames a second that stride counts; None: the file's
-    crop: tuple[float, float, float, float] = WHOLE     # what stage 1 sees of a frame
+    box: tuple[int, int, int, int] | None = None        # of every frame: left, top, width, height
     labels_from_1: bool = False             # as the set is handed out; from 0 is met, too
     left_out: tuple[str, ...] = ()          # labels of other classes in its own .csv
     part: str = ""                          # what the split's names begin with, in a list of both
@@ -482,7 +480,6 @@ MAFW = ("anger", "anxiety", "contempt", "disappointment", "disgust", "fear", "ha
         "helplessness", "neutral", "sadness", "surprise")
 AFFECTNET = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger", "contempt")
 RAFDB = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
-VOXCELEB2_CROP = (0, 1 / 7, 5 / 7, 5 / 7)   # rows 0-160, columns 32-192 of 224 x 224, as released
 
 CATALOGUE = {dataset.name: dataset for dataset in (
     DataSet("dfew", "video", DFEW, "DFEW/clip_jpg_256", DFEW_LISTS, folds=5, stride=4,
@@ -503,8 +500,9 @@ CATALOGUE = {dataset.name: dataset for dataset in (
     DataSet("rafdb", "image", RAFDB, "RAF-DB/basic/Image/aligned",
             ("RAF-DB/basic/EmoLabel/list_patition_label.txt",), labels_from_1=True,
             part="{split}_", file="{stem}_aligned{suffix}"),
+    # Rows 0 to 160, columns 32 to 192 of 224 x 224, as released
     DataSet("voxceleb2", "video", (), "VoxCeleb2/dev/mp4", ("VoxCeleb2/dev/mp4/files.txt",),
-            stride=4, crop=VOXCELEB2_CROP),
+            stride=4, box=(32, 0, 160, 160)),
     # Drawn by tests/faces.py, in the same layouts
     DataSet("synthetic", "video", DFEW, "synthetic/DFEW/clip_jpg_256",
             (f"synthetic/{DFEW_LISTS[0]}",), folds=5, stride=2),
@@ -512,40 +510,38 @@ CATALOGUE = {dataset.name: dataset for dataset in (
             "synthetic/AffectNet/Manually_Annotated_Images",
             ("synthetic/AffectNet/{split}_affectnet7.txt",)),
     DataSet("synthetic-unlabelled", "video", (), "synthetic/VoxCeleb2",
-            ("synthetic/VoxCeleb2/files.txt",), stride=2, crop=VOXCELEB2_CROP),
+            ("synthetic/VoxCeleb2/files.txt",), stride=2, box=(12, 0, 60, 60)),
 )}
-OWN_DATA_STRIDE = 4                         # of clips: a window of 2.6 seconds, as for DFEW
 OWN_DATA_RATE = 25.0
+NEXT_LIST = r"(?i)(?<=\.csv),\s*"           # another comma is a part of a folder's name
+SPLIT_WORDS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
 
 
 def catalogue(name: str) -> DataSet:
     """The data set of that name, or one's own: "train.csv,test.csv", "train.csv", or a folder of
-    folders by class. UserError if there is none, or if it holds images and clips, or two classes
-    that differ in capitals alone."""
+    folders by class. UserError if there is none, or two classes differ in capitals alone."""
     if name in CATALOGUE:
         return CATALOGUE[name]
-    lists = own_lists(name)
-    name = os.path.abspath(name) if os.path.isdir(name) else ",".join(map(str, lists))
-    rows_of = [own_rows(path) for path in lists]
-    classes = sorted({row.label for row in rows_of[0][1]} - {""})
-    for label, other in pairwise(sorted(classes, key=str.casefold)):
-        if label.casefold() == other.casefold():
-            raise UserError(f"{lists[0]}: {label!r} and {other!r} look like one class: write them "
-                            "the same way")
-    # The first file with each suffix tells, by its content or, if it is not there, by the suffix.
-    first = {}
-    for folder, rows in rows_of:
-        for row in rows:
-            first.setdefault(posixpath.splitext(row.name)[1].lower(), folder / row.name)
-    found = {}
-    for suffix, path in first.items():
-        clip = is_clip(path) if path.exists() else suffix not in IMAGE_SUFFIXES
-        found["video" if clip else "image"] = path
-    if len(found) > 1:
-        raise UserError(f"one data set has images ({found['image']}) and clips "
-                        f"({found['video']}): make two of it")
-    return DataSet(name, next(iter(found)), tuple(classes), "", lists, stride=OWN_DATA_STRIDE,
-                   rate=OWN_DATA_RATE)
+    files = re.split(NEXT_LIST, name)
+    if os.path.isdir(name):
+        name = os.path.abspath(name)
+        parts = {part.lower(): Path(name) / part for part in os.listdir(name)}
+        found = [word for word in SPLIT_WORDS if word in parts]
+        if found not in ([], ["train"], ["train", "test"]):
+            raise UserError(f"{name} is divided into {', '.join(found)}: expected train and test")
+        lists = tuple(parts[word] for word in found) or (Path(name),)
+    elif name.lower().endswith(".csv") and len(files) <= 2:
+        lists = tuple(Path(os.path.abspath(file)) for file in files)
+        name = ",".join(map(str, lists))
+    else:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or "
+                        "train.csv,test.csv, or a folder with train/CLASS/ and test/CLASS/")
+    folder, rows = own_rows(lists[0])
+    classes = sorted({row.label for row in rows} - {""})
+    if len({label.casefold() for label in classes}) < len(classes):
+        raise UserError(f"{lists[0]}: two of the classes {', '.join(classes)} differ in capitals")
+    # Stride 4: 16 frames span 2.6 seconds, as of DFEW
+    return DataSet(name, kind_of(folder / rows[0].name), tuple(classes), "", lists, stride=4)
 
 
 def short_name(name: str) -> str:
@@ -559,16 +555,13 @@ def dataset_name(modality: str | None = None, labelled: bool = False, others: tu
     def check(name: str) -> str:
         if name in others:
             return name
-        try:
-            dataset = catalogue(name)
-        except (UserError, OSError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        if modality not in (None, dataset.modality) or labelled and not dataset.classes:
-            labels = "with labels" if dataset.classes else "without labels"
-            wanted = [f"{modality}s{' with labels' if labelled else ''}", *others]
-            raise argparse.ArgumentTypeError(f"{name} holds {dataset.modality}s {labels}: expected "
-                                             f"{' or '.join(wanted)}")
-        return dataset.name
+        dataset = catalogue(name)
+        if modality in (None, dataset.modality) and (dataset.classes or not labelled):
+            return dataset.name
+        labels = "with labels" if dataset.classes else "without labels"
+        wanted = f"{modality}s with labels" if labelled else f"{modality}s"
+        raise UserError(f"{name} holds {dataset.modality}s {labels}: expected "
+                        f"{' or '.join([wanted, *others])}")
     return check
 
 
@@ -576,174 +569,119 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
                  stride: int | None = None) -> Samples:
     """All samples of a data set's "train" or "test" split, with its own stride or another.
     UserError if anything that it needs is missing or odd."""
-    samples, there = find_samples(name, data_root, split, fold, stride)
-    if not there.all():
-        raise UserError(f"of {len(there)} samples of {name}, {split}, fold {fold}, not there in "
-                        f"{samples.root}: {shortened(samples.names[~there])} "
-                        f"({'; '.join(samples.notes)})")
-    return samples
-
-
-def find_samples(name: str, data_root: Path, split: str, fold: int = 1,
-                 stride: int | None = None) -> tuple[Samples, np.ndarray]:
-    """What a data set's "train" or "test" split lists, and which of it is there (n,) bool.
-    UserError where the lists or the folder are missing or odd."""
     dataset = catalogue(name)
     if not 1 <= fold <= dataset.folds:
         raise UserError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
+    if dataset.modality == "image":
+        stride = 1
     own = dataset.name not in CATALOGUE
+    samples = Samples(dataset.name, dataset.modality, dataset.classes, Path(data_root), None, None,
+                      stride or dataset.stride, OWN_DATA_RATE if own else None, fold=fold,
+                      box=dataset.box)
     if own:
         if split == "test" and len(dataset.lists) == 1:
-            raise UserError(f"{dataset.lists[0]} has no test part beside it: expected "
-                            "train.csv,test.csv, or a folder with train and test")
+            raise UserError(f"{name} has no test part: expected train.csv,test.csv, or a folder "
+                            "with train and test")
         path = dataset.lists[split == "test"]
-        folder, rows = own_rows(path)
+        samples.root, rows = own_rows(path)
         number = {label: i for i, label in enumerate(dataset.classes)} or {"": -1}
-        notes = [f"{path}: {', '.join(dataset.classes) or 'no labels'}"]
+        samples.notes = [f"{path}: {', '.join(dataset.classes) or 'no labels'}"]
     else:
-        folder, path = need(dataset, Path(data_root), split, fold)
+        samples.root = samples.root / dataset.folder
         if not dataset.classes:
-            names, note = listed_videos(folder, path)
-            samples = Samples(dataset.name, "video", (), folder, names, np.full(len(names), -1),
-                              stride or dataset.stride, crop=dataset.crop, notes=(note,))
-            return samples, np.ones(len(names), bool)
-        part = dataset.part.format(split=split)
-        left_out = dataset.left_out if path.suffix == ".csv" else ()
-        rows = []
-        for row in read_list(path):
-            if row.name.startswith(part) and row.label not in left_out:
-                stem, suffix = posixpath.splitext(row.name)
-                rows.append(row._replace(name=dataset.file.format(stem=stem, suffix=suffix)))
-        if not rows:
-            raise UserError(f"{path} holds no samples of the split")
-        first = first_label(dataset, Path(data_root)) if dataset.labels_from_1 else 0
-        number = {str(first + i): i for i in range(len(dataset.classes))}
-        notes = [f"{path}: labels count from {first}"]
-        if left_out:
-            notes.append(f"left out: labels {', '.join(left_out)}")
+            list_videos(samples, Path(data_root, *dataset.lists))
+            return samples
+        path = find_list(dataset, Path(data_root), split, fold)
+        rows, number, samples.notes = catalogue_rows(dataset, path, split)
     for row in rows:
         if row.label not in number:
             raise UserError(f"{path}, line {row.line}: {row.name!r} has the label {row.label!r}: "
                             f"expected {', '.join(number)}")
-    labels = np.array([number[row.label] for row in rows])
-    people = np.array([row.person.encode() for row in rows]) if rows[0].person else None
-    files, there = locate(folder, [row.name for row in rows], dataset.modality)
-    if own:
-        if not there.any():                 # the list lies elsewhere than its samples
-            notes.append(f"nor in {folder}")
-            folder = Path(data_root)
-            files, there = locate(folder, [row.name for row in rows], dataset.modality)
-        if there[0] and is_clip(folder / files[0]) != (dataset.modality == "video"):
-            raise UserError(f"{path} lists no {dataset.modality}s, as the names say: put it beside "
-                            "them, or write absolute paths")
-    names = np.array([os.fsencode(file) for file in files])
-    stride = 1 if dataset.modality == "image" else stride or dataset.stride
-    return Samples(dataset.name, dataset.modality, dataset.classes, folder, names, labels, stride,
-                   dataset.rate, people, fold, dataset.crop, notes=tuple(notes)), there
+    samples.labels = np.array([number[row.label] for row in rows])
+    if rows[0].person:
+        samples.people = np.array([row.person.encode() for row in rows])
+    names = [row.name for row in rows]
+    found = locate(samples.root, names, dataset.modality)
+    if own and not any(found):              # the list lies elsewhere than its samples
+        samples.notes.append(f"nor in {samples.root}")
+        samples.root = Path(data_root)
+        found = locate(samples.root, names, dataset.modality)
+    missing = [name for name, file in zip(names, found) if not file]
+    if missing:
+        raise UserError(f"of {len(names)} samples of {name}, {split}, fold {fold}, not there in "
+                        f"{samples.root}: {shortened(missing)} ({'; '.join(samples.notes)})")
+    samples.names = np.array([os.fsencode(file) for file in found])
+    if own:                                 # the first file with each suffix stands for the others
+        first = {}
+        for file in found:
+            first.setdefault(posixpath.splitext(file)[1].lower(), samples.root / file)
+        for file in first.values():
+            if kind_of(file) != dataset.modality:
+                raise UserError(f"{file} is no {dataset.modality} as the first sample: images and "
+                                "clips are two data sets")
+    return samples
 
 
-def need(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple[Path, Path]:
-    """A set's folder and the split's list. UserError if one is not there."""
-    folder = data_root / dataset.folder
+def find_list(dataset: DataSet, data_root: Path, split: str, fold: int) -> Path:
     subset = "training" if split == "train" else "validation"               # AffectNet's words
-    lists = [data_root / path.format(split=split, subset=subset, fold=fold)
-             for path in dataset.lists]
-    found = [path for path in lists if path.is_file()]
-    if not folder.is_dir() or dataset.classes and not found:
-        raise UserError(f"below --data-root there must be {folder} and "
-                        f"{' or '.join(map(str, lists))}: not all are there. The drawn faces "
-                        "(--dataset synthetic) need no download: python tests/faces.py")
-    return folder, (found or lists)[0]
-
-
-def first_label(dataset: DataSet, data_root: Path) -> int:
-    """Whether a set's labels count from 0 or from 1. All of its lists that are there tell: one fold
-    need not hold the lowest or the highest label. UserError where it may be either."""
-    labels = set()
-    for split, fold in product(("train", "test"), range(1, dataset.folds + 1)):
-        path = data_root / dataset.lists[0].format(split=split, fold=fold)
+    paths = []
+    for name in dataset.lists:
+        path = data_root / name.format(split=split, subset=subset, fold=fold)
         if path.is_file():
-            labels |= {row.label for row in read_list(path)}
-    highest = str(len(dataset.classes))
-    if "0" not in labels and highest not in labels:
-        raise UserError(f"the lists of {dataset.name} have the labels {', '.join(sorted(labels))}: "
-                        f"neither 0 nor {highest} occurs, so they may count from 0 or from 1; put "
-                        "the data set's other lists there")
-    return 0 if "0" in labels else 1
+            return path
+        paths.append(str(path))
+    raise UserError(f"{data_root / dataset.folder} and {' or '.join(paths)} must be there "
+                    "(--dataset synthetic needs no download: python tests/faces.py)")
 
 
-def listed_videos(folder: Path, path: Path) -> tuple[np.ndarray, str]:
-    """Names (n,) of VoxCeleb2's videos, id*/VIDEO/*.mp4, sorted, and a note. A million are listed
-    once, in the file `path`, if one may write there. UserError if there are none."""
-    if path.is_file() and path.stat().st_size:
-        names = path.read_bytes().splitlines()
-        note = f"{path}: {len(names)} files, as listed then (delete it to list anew)"
-        return np.array(names), note
-    names = []
-    for name in tqdm(iglob("id*/*/*.mp4", root_dir=folder), f"listing {folder}", unit=" videos"):
-        names.append(os.fsencode(name.replace(os.sep, "/")))
-    if not names:
-        raise UserError(f"{folder} holds no file id*/*/*.mp4")
-    names.sort()
-    part = path.with_name(f"files.{os.getpid()}.part")      # several processes may do this at once
-    with suppress(OSError):
-        part.write_bytes(b"\n".join(names))
-        os.replace(part, path)
-    return np.array(names), f"{folder}: {len(names)} files listed now"
-
-
-# ----------------------------------------------------------------------------- one's own data sets
-
-NEXT_LIST = r"(?i)(?<=\.csv),\s*"           # another comma is a part of a folder's name
-SPLIT_WORDS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev")
-
-
-def own_lists(name: str) -> tuple[Path, ...]:
-    """The training list of one's own data and, if there is one, the test list; or the folders
-    NAME/train and NAME/test, or NAME alone, with a folder for each class, as ImageFolder has."""
-    path = Path(os.path.abspath(name))
-    if path.is_dir():
-        parts = {part.lower(): path / part for part in os.listdir(path)}
-        found = [word for word in SPLIT_WORDS if word in parts]
-        if found not in ([], ["train"], ["train", "test"]):
-            raise UserError(f"{path} is divided into {', '.join(found)}: expected train and test")
-        return tuple(parts[word] for word in found) or (path,)
-    files = re.split(NEXT_LIST, name)
-    if not name.lower().endswith(".csv") or len(files) > 2:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}, or "
-                        "train.csv,test.csv, or a folder with train/CLASS/ and test/CLASS/")
-    return tuple(Path(os.path.abspath(file)) for file in files)
-
-
-def own_rows(path: Path) -> tuple[Path, list["Row"]]:
-    """Samples with class names of a list, or CLASS/FILE of a folder, and what they are relative to.
-    UserError for a file beside the classes."""
-    if not path.is_dir():
-        return path.parent, read_list(path, own=True)
+def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:
+    """The split's lines in a list, the numbers of its labels, and what is to be said of these.
+    UserError where labels may count from 0 or from 1."""
+    part = dataset.part.format(split=split)
+    left_out = dataset.left_out if path.suffix == ".csv" else ()
     rows = []
-    for label in visible(path):
-        if not (path / label).is_dir():
-            raise UserError(f"{path / label} lies beside folders of classes: expected "
-                            f"{path / 'CLASS' / label}, or a list as train.csv")
-        files = visible(path / label)
-        if not files:
-            raise UserError(f"{path / label} is empty: put samples of the class there, or delete it")
-        for file in files:
-            rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
+    labels = set()
+    for row in read_list(path):
+        labels.add(row.label)
+        if row.name.startswith(part) and row.label not in left_out:
+            stem, suffix = posixpath.splitext(row.name)
+            rows.append(row._replace(name=dataset.file.format(stem=stem, suffix=suffix)))
     if not rows:
-        raise UserError(f"{path} holds no samples: expected {path / 'CLASS' / 'FILE'}")
-    return path, rows
+        raise UserError(f"{path} holds no samples of the split")
+    first = 0
+    highest = str(len(dataset.classes))
+    if dataset.labels_from_1 and "0" not in labels:
+        first = 1
+        if highest not in labels:
+            raise UserError(f"{path} has the labels {', '.join(sorted(labels))}: neither 0 nor "
+                            f"{highest} occurs, so they may count from 0 or from 1")
+    notes = [f"{path}: labels count from {first}"]
+    if left_out:
+        notes.append(f"left out: labels {', '.join(left_out)}")
+    return rows, {str(first + i): i for i in range(len(dataset.classes))}, notes
 
 
-def visible(folder: Path) -> list[str]:
-    """The names in a folder, frame 2 before frame 10, but for what systems leave there."""
-    def natural(name: str) -> list:
-        parts = re.split(r"(\d+)", name)
-        return [int(part) if part.isdecimal() else part for part in parts]
-
-    hidden = ("thumbs.db", "desktop.ini", "__macosx")
-    names = [name for name in os.listdir(folder) if name.lower() not in hidden]
-    return sorted((name for name in names if not name.startswith(".")), key=natural)
+def list_videos(samples: Samples, path: Path) -> None:
+    """Name VoxCeleb2's videos, id*/VIDEO/*.mp4. A million are listed once, in the file `path`, if
+    one may write there. UserError if there are none."""
+    if not path.is_file() or not path.stat().st_size:
+        found = iglob("id*/*/*.mp4", root_dir=samples.root)
+        names = []
+        for name in tqdm(found, f"listing {samples.root}", unit=" videos"):
+            names.append(os.fsencode(name.replace(os.sep, "/")))
+        if not names:
+            raise UserError(f"{samples.root} holds no file id*/*/*.mp4")
+        names.sort()
+        samples.notes = [f"{samples.root}: {len(names)} files listed now"]
+        part = path.with_name(f"files.{os.getpid()}.part")  # several processes may do this at once
+        with suppress(OSError):
+            part.write_bytes(b"\n".join(names))
+            os.replace(part, path)
+    else:
+        names = path.read_bytes().splitlines()
+        samples.notes = [f"{path}: {len(names)} files, as listed then (delete it to list anew)"]
+    samples.names = np.array(names)
+    samples.labels = np.full(len(names), -1)
 
 
 # ------------------------------------------------------------------------------------------ lists
@@ -771,8 +709,7 @@ def read_list(path: Path, own: bool = False) -> list[Row]:
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not in UTF-8, but in GBK, Windows-1252 or the like: save it as "
-                        "CSV UTF-8") from error
+        raise UserError(f"{path} is in GBK, Windows-1252 or alike: save it as CSV UTF-8") from error
     is_csv = path.suffix.lower() == ".csv"
     columns = {} if is_csv else {"name": 0, "label": 1}
     width = len(columns)
@@ -801,12 +738,29 @@ def read_list(path: Path, own: bool = False) -> list[Row]:
     return rows
 
 
+def own_rows(path: Path) -> tuple[Path, list["Row"]]:
+    """Samples with class names of a list, or CLASS/FILE of a folder, and what they are relative to.
+    UserError for a file beside the classes."""
+    if not path.is_dir():
+        return path.parent, read_list(path, own=True)
+    rows = []
+    for label in visible(path):
+        if not (path / label).is_dir():
+            raise UserError(f"{path / label} lies beside folders of classes: put it into one, or "
+                            "give a list as train.csv")
+        for file in visible(path / label):
+            rows.append(Row(len(rows) + 1, f"{label}/{file}", look(label)))
+    if not rows:
+        raise UserError(f"{path} holds no samples: expected {path / 'CLASS' / 'FILE'}")
+    return path, rows
+
+
 def header_columns(fields: list[str], where: str, own: bool) -> dict[str, int]:
     """Where names, labels and people stand below a header. UserError if it is none, or has no names
     or two columns of a kind."""
     found = []
-    for i, field in enumerate(fields):
-        word = look(field).lower()
+    for i, text in enumerate(fields):
+        word = look(text).lower()
         if word == "id" and not own:        # FERV39K's word for labels
             word = "label"
         found += [(column, i) for column, words in HEADER.items() if word in words]
@@ -821,16 +775,15 @@ def header_columns(fields: list[str], where: str, own: bool) -> dict[str, int]:
 
 def look(text: str) -> str:
     """A name as it looks: composed letters, single spaces, nothing invisible."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
-    return " ".join(text.split())
+    letters = unicodedata.normalize("NFC", text)
+    visible = [letter for letter in letters if unicodedata.category(letter) != "Cf"]
+    return " ".join("".join(visible).split())
 
 
-def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.ndarray]:
-    """The files or folders that names stand for, and whether they are there (n,) bool; what is not
-    keeps its name. Names that look the same are the same. A clip is a folder of frames, or a video
-    in its place; numbers with or without leading zeros."""
+def locate(root: Path, names: list[str], modality: str) -> list[str | None]:
+    """The files or folders that names stand for, None for what is not there. Names that look the
+    same are the same. A clip is a folder of frames, or a video in its place; numbers with or
+    without leading zeros."""
     clips = modality == "video"
 
     def key(name: str) -> str:
@@ -857,9 +810,7 @@ def locate(root: Path, names: list[str], modality: str) -> tuple[list[str], np.n
         paths = inside(folder)
         return paths.get(file) or paths.get(key(file))
 
-    found = [find(name) for name in names]
-    there = np.array([path is not None for path in found], bool)
-    return [path or name for path, name in zip(found, names)], there
+    return [find(name) for name in names]
 
 
 def shortened(items) -> str:
@@ -868,10 +819,21 @@ def shortened(items) -> str:
     return f"{len(items)}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
 
 
+def visible(folder: Path) -> list[str]:
+    """The names in a folder, frame 2 before frame 10, but for what systems leave there."""
+    def natural(name: str) -> list:
+        parts = re.split(r"(\d+)", name)
+        return [int(part) if part.isdecimal() else part for part in parts]
+
+    hidden = ("thumbs.db", "desktop.ini", "__macosx")
+    names = [name for name in os.listdir(folder) if name.lower() not in hidden]
+    return sorted((name for name in names if not name.startswith(".")), key=natural)
+
+
 # ---------------------------------------------------------------------------------------- readers
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
-                  ".avif", ".jp2", ".ppm", ".pgm")
+                  ".avif", ".jp2", ".ppm", ".pgm", ".heic", ".heif")
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")   # the pictures of a TIFF or MPO file are no frames
 UNREADABLE = (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error,
               Image.DecompressionBombError)  # what Pillow raises for damaged files
@@ -886,14 +848,63 @@ def read_image(path: Path) -> torch.Tensor:
         return as_tensor(image)
 
 
+def open_clip(path: Path) -> "Folder | Animation | Video | None":
+    """A folder of frames, an animation or a video, whose n frames were counted, not decoded; None
+    for a picture, also a damaged one that is named as one. Its content, not its name, tells what a
+    file is. rate: frames a second, None where nothing tells. UserError if it cannot be read."""
+    if os.path.isdir(path):
+        return Folder(path)
+    with open_picture(path) as image:
+        if image is not None:
+            moves = image.format in ANIMATED and getattr(image, "is_animated", False)
+            return Animation(path, image) if moves else None
+    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
+        return Video(path)
+    with suppress(UserError):
+        video = Video(path)
+        if video.n > 1:                     # FFmpeg takes a damaged picture for one frame
+            return video
+    return None
+
+
+def kind_of(path: Path) -> str:
+    """"image" or "video", by its content or, if it cannot be read, by its suffix."""
+    with suppress(UserError):
+        return "image" if open_clip(path) is None else "video"
+    return "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
+
+
+def read_clip(clip: "Folder | Animation | Video", numbers: list[int],
+              transform: Callable = v2.Identity(), title: str = "") -> torch.Tensor:
+    """Frames of a clip by their numbers, in any order, repeats allowed: uint8 (T, 3, H, W).
+
+    transform: what every frame (3, h, w) goes through as it is decoded, so that memory follows what
+    is kept. title: of a bar that shows progress. UserError names what cannot be decoded."""
+    wanted = sorted(set(numbers))
+    decoded = clip.decode(wanted)
+    if title:                               # loading processes must not share the bar's lock
+        decoded = tqdm(decoded, title, len(wanted), leave=False, unit=" frames", disable=None)
+    frames = None
+    for number, frame in decoded:
+        frame = transform(frame)
+        if frames is None:
+            # Made at once: kept each for itself among the large frames that pass, small ones leave
+            # holes in memory, which then grows. Channel last resizes fast.
+            frames = torch.empty(len(numbers), *frame.shape[1:], 3, dtype=torch.uint8)
+            frames = frames.permute(0, 3, 1, 2)                             # (T, 3, H, W)
+        if frame.shape[1:] != frames.shape[2:]:     # a detector's crops, a turned telephone
+            frame = v2.functional.resize(frame, frames.shape[2:], antialias=True)
+        frames[torch.tensor(numbers) == number] = frame
+    return frames
+
+
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image | None]:
     """A context with what Pillow opens, whatever it is called, or None if that is no picture.
     UserError for what is damaged, for HEIC, of which FFmpeg would show one tile, and for what is no
     file: reading a pipe would wait for ever."""
     if not os.path.isfile(path):
-        found = "no file" if os.path.exists(path) else "not there"
-        raise UserError(f"{path} is {found}: expected an image or a video")
+        raise UserError(f"{path} is not there, or no file: expected an image or a video")
     image = None
     try:
         with open(path, "rb") as file:
@@ -918,181 +929,108 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):          # 16-bit grey, which `convert` would clip, not scale
         image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def frames_in(image: Image.Image) -> int:
-    """The number of frames of a picture, 1 unless it is an animation."""
-    return getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+class Folder:
+    """A folder whose images, in natural order, are the frames."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = [name for name in visible(path) if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not self.files:
+            raise UserError(f"{path} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
+        self.n = len(self.files)
+        self.rate = None
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        for number in wanted:
+            yield number, read_image(self.path / self.files[number])
 
 
-def is_clip(path: Path) -> bool:
-    """Whether a path is a clip (a folder of frames, an animation, a video), not an image: its
-    content tells. What is no picture is a video, but for a damaged one that is named as a picture.
-    UserError as of `open_picture`."""
-    if os.path.isdir(path):
-        return True
-    with open_picture(path) as image:
-        if image is not None:
-            return frames_in(image) > 1
-    if not os.fspath(path).lower().endswith(IMAGE_SUFFIXES):
-        return True
-    with suppress(UserError):               # FFmpeg takes a damaged picture for one frame
-        return video_length(path)[0] > 1
-    return False
+class Animation:
+    """An animated picture."""
 
-
-def read_clip(path: Path, which_frames: Callable, transform: Callable | None = None,
-              progress: Callable | None = None) -> torch.Tensor:
-    """Frames of a folder of images, of an animation or of a video, uint8 (T, 3, H, W).
-
-    which_frames(n, rate): the T frame numbers wanted, in any order, repeats allowed, of n frames at
-    so many a second (None for a folder). transform: what every frame (3, h, w) goes through as it
-    is decoded, so that memory follows what is kept. progress: called with the number of frames
-    decoded so far. UserError names a file that cannot be decoded or has fewer frames than it says.
-    """
-    wanted = []
-
-    def choose(n: int, rate: float | None) -> list[int]:
-        """The numbers of the frames to read, each once, in rising order."""
-        if n == 0:
-            raise UserError(f"{path} is truncated: it has no frames")
-        wanted.extend(which_frames(n, rate))
-        return sorted(set(wanted))
-
-    if os.path.isdir(path):
-        read = read_folder
-    else:
-        with open_picture(path) as image:
-            read = read_video if image is None else read_animation
-    clip = None
-    for decoded, (number, frame) in enumerate(read(path, choose), 1):
-        if progress is not None:
-            progress(decoded)
-        if frame is None:
-            continue
-        if transform is not None:
-            frame = transform(frame)
-        if clip is None:
-            # Made at once: kept each for itself among the large frames that pass, small ones leave
-            # holes in memory, which then grows. Channel last resizes fast.
-            numbers = torch.tensor(wanted)                              # (T,)
-            clip = torch.empty(len(wanted), *frame.shape[1:], 3, dtype=torch.uint8)
-            clip = clip.permute(0, 3, 1, 2)                             # (T, 3, H, W)
-        if frame.shape[1:] != clip.shape[2:]:   # a detector's crops, a turned telephone
-            frame = v2.functional.resize(frame, clip.shape[2:], antialias=True)
-        clip[numbers == number] = frame
-    return clip
-
-
-def video_length(path: Path) -> tuple[int, float | None]:
-    """The number of frames of a clip, counted, and its frames a second (None for a folder). Nothing
-    is decoded, but videos that begin between key frames. UserError as of `read_clip`."""
-    length = []
-
-    def no_frames(n: int, rate: float | None) -> list[int]:
-        length.extend((n, rate))
-        return []
-
-    read_clip(path, no_frames)
-    return tuple(length)
-
-
-def resampled(which_frames: Callable, n: int, rate: float | None, wanted_rate: float) -> list[int]:
-    """Frame numbers as `which_frames`, a function of the number of frames alone, chooses them in a
-    clip of `wanted_rate` frames a second, mapped to one of n frames at `rate`, if that is known."""
-    if rate is None or rate == wanted_rate:
-        return which_frames(n)
-    step = rate / wanted_rate
-    numbers = which_frames(max(1, round(n / step)))
-    return [min(int(number * step + 0.5), n - 1) for number in numbers]
-
-
-# The readers below give pairs: a frame's number and the frame (3, h, w), or None for what had to be
-# decoded without being wanted. choose(n, rate): the numbers wanted.
-
-def read_folder(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor]]:
-    """Of a folder whose images, in natural order, are the frames."""
-    names = [name for name in visible(path) if name.lower().endswith(IMAGE_SUFFIXES)]
-    if not names:
-        raise UserError(f"{path} holds no frames ({', '.join(IMAGE_SUFFIXES)})")
-    for number in choose(len(names), None):
-        yield number, read_image(path / names[number])
-
-
-def read_animation(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor]]:
-    """Of an animation, or of a picture, whose only frame it is."""
-    with open_picture(path) as image:
-        n = frames_in(image)
+    def __init__(self, path: Path, image: Image.Image):
+        self.path = path
+        self.n = image.n_frames
         milliseconds = 0
-        for number in range(n):
+        for number in range(self.n):
             image.seek(number)
             image.load()                    # tells how long the frame is shown
             milliseconds += image.info.get("duration", 0)
-        for number in choose(n, 1000 * n / milliseconds if milliseconds else None):
-            image.seek(number)
-            yield number, as_tensor(image)
+        self.rate = 1000 * self.n / milliseconds if milliseconds else None
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        with open_picture(self.path) as image:
+            for number in wanted:
+                image.seek(number)
+                yield number, as_tensor(image)
 
 
-def read_video(path: Path, choose: Callable) -> Iterator[tuple[int, torch.Tensor | None]]:
-    """Of a video: its packets, each a coded frame, are counted, then those are decoded that wanted
-    frames need. Frames are known by the times at which they are shown, or else counted."""
-    packets = []                            # times at which their frames are shown
-    times = []                              # of those that do not only serve to predict others
-    keys = {}                               # places of those that need no other, by their times
-    with open_video(path) as stream:
-        container = stream.container.format.name
-        rate = stream.average_rate or stream.guessed_rate
-        for packet in stream.container.demux(stream):
-            if packet.size:
-                if packet.is_keyframe:
-                    keys.setdefault(packet.pts, len(packets))
-                if not packet.is_discard:
-                    times.append(packet.pts)
-                packets.append(packet.pts)
-    begin = 0                               # in a file a first frame that is no key is damaged
-    if keys and container in ("mpegts", "mpeg", "mpegvideo", "h264", "hevc"):
-        begin = min(keys.values())
-    everything = {begin: len(packets) - 1}
-    numbers = {}                            # of the frames by their times; empty: these cannot tell
-    if begin > 0 or None in packets or any(time < packets[0] for time in times):
-        # Begun between key frames. Players show what can be decoded, which only decoding tells.
-        times = [None for frame in decoded_frames(path, everything)]
-    elif len(set(packets)) == len(packets) and list(keys) == sorted(keys):
-        if container != "avi":              # which only tells the order of decoding
-            numbers = {time: number for number, time in enumerate(sorted(times))}
-    left = set(choose(len(times), float(rate) if rate else None))
-    if not left:                            # only the length was asked for
-        return
-    ways = [(everything, None)]             # which finds whatever can be decoded
-    if numbers:
-        # Each frame from the last key frame that is shown no later. (In an open group of pictures,
-        # frames shown before a key frame but stored behind it need the frames before it, too.)
-        wanted = {time for time in numbers if numbers[time] in left}
-        ranges = {}
-        start = 0
-        for time, place in sorted(zip(packets, range(len(packets)))):
-            if time in keys:
-                start = place
-            if time in wanted:
-                ranges[start] = max(ranges.get(start, 0), place)
-        ways.insert(0, (ranges, wanted))
-    to_rgb = VideoReformatter()             # one for all frames keeps its tables
-    for ranges, only in ways:
-        for count, frame in enumerate(decoded_frames(path, ranges, only)):
-            number = numbers.get(frame.pts) if numbers else count
-            if number not in left:
-                yield number, None
-                continue
-            rgb = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            upright = torch.rot90(torch.from_numpy(rgb), round(frame.rotation / 90))
-            yield number, upright.permute(2, 0, 1)
-            left.remove(number)
-            if not left:
-                return
-    raise UserError(f"{path} is truncated: frame {min(left)} of {len(times)} cannot be decoded")
+class Video:
+    """A video. Its packets, each a coded frame, are counted first; then those are decoded that
+    wanted frames need. Frames are known by the times at which they are shown, or else counted."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.packets = []                   # times at which their frames are shown
+        self.keys = {}                      # places of those that need no other, by their times
+        times = []                          # of those that do not only serve to predict others
+        with open_video(path) as stream:
+            container = stream.container.format.name
+            rate = stream.average_rate or stream.guessed_rate
+            for packet in stream.container.demux(stream):
+                if packet.size:
+                    if packet.is_keyframe:
+                        self.keys.setdefault(packet.pts, len(self.packets))
+                    if not packet.is_discard:
+                        times.append(packet.pts)
+                    self.packets.append(packet.pts)
+        self.rate = float(rate) if rate else None
+        self.n = len(times)
+        begin = 0                           # in a file a first frame that is no key is damaged
+        if self.keys and container in ("mpegts", "mpeg", "mpegvideo", "h264", "hevc"):
+            begin = min(self.keys.values())
+        self.everything = {begin: len(self.packets) - 1}
+        self.numbers = {}                   # of frames by their times; empty: these cannot tell
+        if begin > 0 or None in self.packets or any(time < self.packets[0] for time in times):
+            # Begun between key frames. Players show what can be decoded: only decoding tells.
+            self.n = sum(1 for frame in decoded_frames(path, self.everything))
+        elif container != "avi":            # which only tells the order of decoding
+            if len(set(self.packets)) == len(self.packets) and list(self.keys) == sorted(self.keys):
+                self.numbers = {time: number for number, time in enumerate(sorted(times))}
+        if self.n == 0:
+            raise UserError(f"{path} is truncated: it has no frames")
+
+    def decode(self, wanted: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        left = set(wanted)
+        ways = [(self.everything, None)]    # which finds whatever can be decoded
+        if self.numbers:
+            # Each frame from the last key frame that is shown no later. (In an open group of
+            # pictures, frames shown before a key frame but stored behind it need the frames before
+            # it, too.)
+            times = {time for time, number in self.numbers.items() if number in left}
+            ranges = {}
+            start = 0
+            for time, place in sorted(zip(self.packets, range(len(self.packets)))):
+                if time in self.keys:
+                    start = place
+                if time in times:
+                    ranges[start] = max(ranges.get(start, 0), place)
+            ways.insert(0, (ranges, times))
+        to_rgb = VideoReformatter()         # one for all frames keeps its tables
+        for ranges, times in ways:
+            for count, frame in enumerate(decoded_frames(self.path, ranges, times)):
+                number = self.numbers.get(frame.pts) if self.numbers else count
+                if number in left:
+                    rgb = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                    upright = torch.rot90(torch.from_numpy(rgb), round(frame.rotation / 90))
+                    yield number, upright.permute(2, 0, 1)
+                    left.remove(number)
+                if not left:
+                    return
+        raise UserError(f"{self.path} is truncated: frame {min(left)} of {self.n} is not there")
 
 
 def decoded_frames(path: Path, ranges: dict[int, int],

@@ -34,12 +34,11 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (CATALOGUE, Samples, TestData, boxed, catalogue, dataset_name, fixed_crop,
-                  is_clip, load_samples, loader, own_lists, read_clip, read_image, resampled, to_float,
-                  video_length)
+from data import (CATALOGUE, Samples, TestData, boxed, catalogue, dataset_name, load_samples,
+                  loader, open_clip, read_clip, read_image, resampled, to_float)
 from model import (IMAGE_MEAN, IMAGE_STD, MASK_RATIO, S4D, MaskedAutoencoder, Size, UserError,
-                   at_least_fp32, channel_values, has_names, normalised_target, patchify,
-                   read_checkpoint, rebuild, whole_file)
+                   at_least_fp32, channel_values, normalised_target, patchify, read_checkpoint,
+                   rebuild, unnamed, whole_file)
 from pretrain import Formatter, Process, box, default_workers, guarded, number, start
 
 # ------------------------------------------------------------------------ counting: Tables II to IX
@@ -62,8 +61,6 @@ def metrics(confusion: np.ndarray) -> dict:
     A class without samples has no recall (None) and is left out of UAR; one that is not predicted
     either is left out of the macro F1. Intervals are percentiles of 2,000 bootstrap samples."""
     total = int(confusion.sum())
-    if not total:
-        raise UserError("no samples to evaluate: UAR and WAR are undefined")
     uar = np.nanmean(recalls(confusion))    # unweighted: every class counts the same, however small
     war = np.trace(confusion) / total       # weighted by the classes' sizes: the accuracy
     support = confusion.sum(1)
@@ -101,7 +98,9 @@ def join_folds(scores: list[dict]) -> dict:
 
 
 def shown(cell) -> str:
-    """A table's cell as text; of (number, text) the text."""
+    """A table's cell as text; of (number, text) the text, and of a picture none."""
+    if isinstance(cell, torch.Tensor):
+        return ""
     if isinstance(cell, tuple):
         return cell[1]
     if isinstance(cell, float):
@@ -111,14 +110,15 @@ def shown(cell) -> str:
 
 def markdown(columns: list[str], rows: list[list]) -> str:
     """A table that is Markdown and reads well in a terminal. A row begins with its name."""
-    cells = []                              # what Markdown would take for something else is escaped
+    cells = []
     for row in [columns, *rows]:
-        cells.append([shown(cell).replace("|", "\\|").replace("\n", " ") for cell in row])
+        cells.append([shown(cell) for cell in row])
     first, *others = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
     lines = []
     for name, *numbers in cells:
-        lines.append(f"| {name:{first}} | " + " | ".join(map(str.rjust, numbers, others)) + " |")
+        numbers = map(str.rjust, numbers, others)
+        lines.append(f"| {name:{first}} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
@@ -127,17 +127,13 @@ def table(scores: dict, classes: tuple[str, ...]) -> str:
     rows = []
     for name, row, recall in zip(classes, scores["confusion"], scores["recall"]):
         rows.append([name, *row, recall])
-    lines = [
+    words = (
         "UAR {uar:.4f} ({uar_interval[0]:.4f} to {uar_interval[1]:.4f})  "
         "WAR {war:.4f} ({war_interval[0]:.4f} to {war_interval[1]:.4f}), with 95 % intervals   "
         "macro F1 {macro_f1:.4f}  weighted F1 {weighted_f1:.4f}\nalways the most frequent class: "
-        "UAR {majority_uar:.4f}  WAR {majority_war:.4f}\n".format(**scores),
-        markdown(["true \\ predicted", *classes, "recall"], rows)]
-    predicted = np.sum(scores["confusion"], 0)
-    never = [name for name, count in zip(classes, predicted) if count == 0]
-    if never:
-        lines.append(f"\nnever predicted: {', '.join(never)}")
-    return "\n".join(lines)
+        "UAR {majority_uar:.4f}  WAR {majority_war:.4f}\n\n")
+    columns = ["true \\ predicted", *classes, "recall"]
+    return words.format(**scores) + markdown(columns, rows)
 
 
 # ------------------------------------------------------------------------- one pass over a test set
@@ -168,19 +164,20 @@ def observe(model: S4D, data: TestData, process: Process, workers: int,
     """One pass over all samples, of which none is left out.
 
     Clips of a video: softmax of each, then the mean (Section IV-B), and the mean of their features.
-    A token's path is its expert of the largest weight in each layer; where more than 2^24 paths are
-    possible, in the last layers. Batches are fixed by the sample order and dealt to the processes:
-    nothing is padded or counted twice, and the numbers do not depend on how many there are.
+    Batches are fixed by the sample order and dealt to the processes: nothing is padded or counted
+    twice, and the numbers do not depend on how many there are.
     """
     model.eval()
-    n, experts, layers = len(data), model.architecture["experts"], model.architecture["moae_layers"]
+    n = len(data)
     widths = [model.size.width, *(head.out_features for head in model.head.values())]
     rows = torch.zeros(n, sum(widths), dtype=torch.float64)
+    experts, layers = model.architecture["experts"], model.architecture["moae_layers"]
     activation = torch.zeros(len(layers), experts, dtype=torch.float64, device=process.device)
-    last = min(len(layers), int(24 / math.log2(max(2, experts))))           # layers of a path
-    digits = experts ** torch.arange(last, device=process.device)           # of a path's number
-    paths = torch.zeros(experts ** last, dtype=torch.float64, device=process.device)
-    gates, hooks = [], []
+    # A token's path is its expert of the largest weight in each layer, or in the last ones where
+    # more than 2^24 paths are possible: a dimension of `paths` each, the last layer first
+    length = min(len(layers), int(24 / math.log2(max(2, experts))))
+    paths = torch.zeros([experts] * length, dtype=torch.float64, device=process.device)
+    gates, hooks = [], []                   # gates: of a layer (B v N, k), the best expert first
     for i in layers:
         hooks.append(model.blocks[i].moe_layer.router.register_forward_hook(
             lambda module, inputs, output: gates.append(output[1].flatten(0, -2))))
@@ -190,27 +187,29 @@ def observe(model: S4D, data: TestData, process: Process, workers: int,
     for index, views, _ in tqdm(batches, title, leave=False, disable=not process.main):
         gates.clear()
         found = forward(model, views.flatten(0, 1), process)
-        row = torch.cat(list(found.values()), 1)                            # (B v, d + C ...)
-        rows[index] = row.unflatten(0, views.shape[:2]).mean(1).cpu()  # here a GPU is waited for
         if gates:
-            chosen = torch.stack(gates)                                     # (L, B v N, k) best first
+            chosen = torch.stack(gates)                                     # (L, B v N, k)
             ones = torch.ones_like(chosen, dtype=torch.float64)
             activation.scatter_add_(1, chosen.flatten(1), ones.flatten(1))
-            path = (digits[:, None] * chosen[len(layers) - last:, :, 0]).sum(0)
-            paths.scatter_add_(0, path, ones[0, :, 0])
+            path = chosen[-length:, :, 0].flip(0)                           # (length, B v N)
+            paths.index_put_(tuple(path), paths.new_ones(()), accumulate=True)
+        row = torch.cat(list(found.values()), 1)                            # (B v, d + C ...)
+        rows[index] = row.unflatten(0, views.shape[:2]).mean(1).cpu()  # here a GPU is waited for
     for hook in hooks:
         hook.remove()
     if process.world > 1:                   # every sample's row is zero in all processes but one
         rows = process.sum(process.upload(rows)).cpu()
-        activation = process.sum(activation)
-        paths = process.sum(paths)
-    features, *heads = np.split(rows.numpy(), np.cumsum(widths)[:-1], axis=1)
-    shares, numbers = (paths / paths.sum()).topk(min(10, len(paths)))
+    features, *heads = [part.numpy() for part in rows.split(widths, 1)]
+    activation = process.sum(activation).cpu().numpy()
+    paths = process.sum(paths).cpu()
+    tokens = paths.sum().item()
+    counts, places = paths.flatten().topk(min(10, paths.numel()))
     frequent = []
-    for share, number in zip(shares.tolist(), numbers.tolist()):
-        if share > 0:
-            frequent.append(([number // experts ** i % experts for i in range(last)], share))
-    return Observed(dict(zip(model.head, heads)), features, activation.cpu().numpy(), frequent)
+    for count, place in zip(counts.tolist(), places.tolist()):
+        if count:
+            path = np.unravel_index(place, paths.shape)[::-1]               # the first layer first
+            frequent.append(([int(expert) for expert in path], count / tokens))
+    return Observed(dict(zip(model.head, heads)), features, activation, frequent)
 
 
 SAME_CLASS = {"happiness": "happy", "sadness": "sad", "anger": "angry"}  # as data sets spell them
@@ -219,34 +218,28 @@ SAME_CLASS = {"happiness": "happy", "sadness": "sad", "anger": "angry"}  # as da
 def class_numbers(classes: list[str], theirs: list[str]) -> list[int | None]:
     """The place in `theirs` of each of the classes, by name; None where there is none."""
     places = {SAME_CLASS.get(name, name): i for i, name in enumerate(theirs)}
-    places |= {name: i for i, name in enumerate(theirs)}
-    found = []
-    for name in classes:
-        other = SAME_CLASS.get(name, name)
-        found.append(places.get(name, places.get(other)))
-    return found
+    places |= {name: i for i, name in enumerate(theirs)}     # the very word comes first
+    return [places.get(name, places.get(SAME_CLASS.get(name))) for name in classes]
 
 
 def labels_of(samples: Samples, model: S4D) -> np.ndarray:
-    """The samples' labels as numbers of the model's classes (n,). UserError names what it lacks."""
+    """The samples' labels as numbers of the model's classes (n,). UserError if it lacks one."""
     m = samples.modality
-    classes = model.architecture[f"{m}_classes"]
-    numbers = class_numbers(samples.classes, classes)
-    missing = [name for name, place in zip(samples.classes, numbers) if place is None]
-    if missing or not numbers:
-        theirs = f"Its classes: {', '.join(classes)}" if classes else f"It was trained without {m}s"
-        raise UserError(f"{samples.name} has the {m} classes {missing}, which the model has not. "
-                        f"{theirs}")
+    theirs = model.architecture[f"{m}_classes"]
+    numbers = class_numbers(samples.classes, theirs)
+    if None in numbers or not numbers:
+        raise UserError(f"{samples.name} has {m}s of the classes {list(samples.classes)}: expected "
+                        f"classes that the model was trained on, {list(theirs)}")
     return np.array(numbers)[samples.labels]
 
 
-def evaluate(model: S4D, samples: Samples, process: Process, workers: int,
-             batch: int = 16) -> tuple[dict, Observed]:
+def evaluate(model: S4D, samples: Samples, process: Process,
+             workers: int) -> tuple[dict, Observed]:
     """Metrics of the samples' own head, and the pass that they are from. Classes are matched by
     name; the model may have more, and may predict these too. Of equally probable classes the first
     is predicted."""
     labels = labels_of(samples, model)
-    observed = observe(model, TestData(samples, model.size), process, workers, batch)
+    observed = observe(model, TestData(samples, model.size), process, workers)
     probabilities = observed.probabilities[samples.modality]
     confusion = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
     return metrics(confusion), observed
@@ -270,12 +263,11 @@ class Run:
     """What a command was given, and what it has found so far."""
     args: argparse.Namespace
     process: Process
-    warnings: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)          # to be printed
     numbers: dict = field(default_factory=dict)             # evaluation.json
     predictions: dict = field(default_factory=dict)         # by modality, predictions-*.csv
     sections: list[str] = field(default_factory=list)       # of report.html
-    drawings: dict[str, str] = field(default_factory=dict)  # *.svg
+    drawings: dict[str, str] = field(default_factory=dict)  # by the names of their files
 
 
 def main() -> None:
@@ -283,17 +275,12 @@ def main() -> None:
     args = p.parse_args()
     if args.folds and (args.media or args.fold or not args.dataset):
         p.error("--folds expects --dataset, and neither FILE nor --fold")
-    if args.crop and not (args.media or args.dataset):
-        p.error("--crop cuts the face out of FILE or of --dataset's clips: both are missing")
-    # Results of last.pt and best.pt, of folds and of own media stay apart
     file = args.checkpoint or args.folds[0]
+    # Results of last.pt and best.pt, of folds and of own media stay apart
     part = "folds" if args.folds else "media" if args.media else ""
     folder = args.report or file.with_suffix("") / part
-    try:                                    # before any work
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to, give --report: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()      # can it be written to? Before any work
     checkpoint = read_checkpoint(file)
     checkpoint.pop("optimizer", None)       # its moments are twice as large as the weights
     size = checkpoint["architecture"].get("size", "base")
@@ -328,9 +315,9 @@ def settings() -> argparse.ArgumentParser:
     add("--report", type=Path, metavar="FOLDER", help="for report.html, figures and scores")
     add("--dataset", type=dataset_name(), help="data set to test on (those of training)")
     add("--fold", type=number(int, 1), help="its fold (the checkpoint's)")
-    add("--crop", type=box, metavar="X,Y,W,H", help="the face in FILE or in clips of --dataset, in "
-        "pixels (all of it; of a run's own test clips what training had)")
-    add("--baseline", type=Path, metavar="CHECKPOINT", help="its attention is shown beside (Fig. 6)")
+    add("--crop", type=box, metavar="X,Y,W,H", help="the face in FILE or in test clips, in pixels "
+        "(all of it; of a run's own test clips what training had)")
+    add("--baseline", type=Path, metavar="CHECKPOINT", help="show its attention beside (Fig. 6)")
     add("--data-root", type=Path, default=Path("data"), help="folder of all data sets")
     add("--workers", type=number(int, 0), default=default_workers(), help="loading processes each")
     return p
@@ -338,22 +325,21 @@ def settings() -> argparse.ArgumentParser:
 
 def write(run: Run, folder: Path, title: str) -> None:
     """Write every file whole, and only then print, so that results are there whoever reads."""
-    texts = {"evaluation.json": json.dumps(run.numbers, indent=1)}
-    for name, drawing in run.drawings.items():
-        texts[f"{name}.svg"] = stand_alone(drawing)
-    if run.sections:
-        texts["report.html"] = page(title, run.warnings, run.sections)
-    for name, text in texts.items():
-        with whole_file(folder / name, "w", encoding="utf-8") as file:
-            file.write(text)
-    as_csv = dict(encoding="utf-8", errors="surrogateescape", newline="")
+    files = run.drawings | {"evaluation.json": json.dumps(run.numbers, indent=1)}
     for m, rows in run.predictions.items():
-        with whole_file(folder / f"predictions-{m}s.csv", "w", **as_csv) as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-    for warning in run.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    where = os.path.relpath(folder / ("report.html" if run.sections else ""))
-    print(*run.lines, f"\nwritten to {where}", sep="\n")
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(rows)
+        files[f"predictions-{m}s.csv"] = lines.getvalue()
+    written_to = folder
+    if run.sections:
+        written_to = folder / "report.html"
+        body = f"<h1>{escape(title)}</h1>\n{''.join(run.sections)}"
+        files["report.html"] = PAGE.format(title=escape(title), style=STYLE, body=body)
+    as_names_are = dict(encoding="utf-8", errors="surrogateescape", newline="")
+    for name, contents in files.items():
+        with whole_file(folder / name, "w", **as_names_are) as file:
+            file.write(contents)
+    print(*run.lines, f"\nwritten to {written_to}", sep="\n")
 
 
 def load_model(run: Run, file: Path, checkpoint: dict) -> S4D:
@@ -363,15 +349,10 @@ def load_model(run: Run, file: Path, checkpoint: dict) -> S4D:
     if not isinstance(model, S4D):
         raise UserError(f"{file} is a stage-1 checkpoint of pretrain.py: it has no classes; "
                         "fine-tune it first (finetune.py --pretrained), or give --report alone")
-    if run.args.dataset:
-        dataset = catalogue(run.args.dataset)
+    if run.args.dataset in CATALOGUE:
+        dataset = CATALOGUE[run.args.dataset]
         head = f"{dataset.modality}_classes"
-        classes = model.architecture[head]
-        if classes and not has_names(classes):
-            if dataset.name not in CATALOGUE or len(classes) != len(dataset.classes):
-                raise UserError(f"{file} does not name its {len(classes)} {dataset.modality} "
-                                "classes: --dataset must be a set of the catalogue with as many, "
-                                f"not {dataset.name}")
+        if model.architecture[head] == unnamed(len(dataset.classes)):
             model.architecture[head] = list(dataset.classes)
             run.lines.append(f"{file} does not name its classes: taken as those of {dataset.name}, "
                              f"in its order: {', '.join(dataset.classes)}")
@@ -379,57 +360,58 @@ def load_model(run: Run, file: Path, checkpoint: dict) -> S4D:
 
 
 def load_tests(run: Run, file: Path, checkpoint: dict) -> list[Samples]:
-    """The test samples of --dataset or else of what a checkpoint was trained on, videos first. Warns
-    if training recorded others, as the model may have seen these; a UserError with --folds."""
+    """The test samples of --dataset or else of what a checkpoint was trained on, videos first. If
+    training recorded others the model may have seen these: a warning, or with --folds an error."""
+    args = run.args
     identity = checkpoint.get("identity", {})
     trained_on = [identity.get("dataset"), identity.get("image_dataset")]
     tests = []
-    for name in [run.args.dataset] if run.args.dataset else trained_on:
+    for name in [args.dataset] if args.dataset else trained_on:
         if name in (None, "none", "frames"):
             continue
-        fold = 1
-        if catalogue(name).folds > 1:
-            fold = run.args.fold or identity.get("fold", 1)
-        # Another set of the catalogue has a stride of its own, and is not what training recorded
-        same = run.args.folds or name in trained_on or name not in CATALOGUE
-        stride = identity.get("video stride") if same else None
+        dataset = catalogue(name)
+        own = name not in CATALOGUE
         # One's own single list has no test part
-        split = "test" if name in CATALOGUE or len(own_lists(name)) > 1 else "train"
-        samples = load_samples(name, run.args.data_root, split, fold, stride)
+        split = "train" if own and len(dataset.lists) == 1 else "test"
+        fold = 1 if dataset.folds == 1 else args.fold or identity.get("fold", 1)
+        # Another set of the catalogue has a stride of its own, and is not what training recorded
+        same = own or name in trained_on or args.folds
+        stride = identity.get("video stride") if same else None
+        samples = load_samples(name, args.data_root, split, fold, stride)
         found = samples.fingerprint()
-        recorded = identity.get(f"test {samples.modality}", found)
+        recorded = identity.get(f"test {samples.modality}")
+        if same and recorded not in (None, found):
+            warning = (f"not the test samples of training, {file} may have seen them: {found}; "
+                       f"recorded: {recorded}")
+            if args.folds:
+                raise UserError(warning)
+            run.lines.append(f"warning: {warning}")
+            show(run, "warning", [], of=samples, note=warning)
         if samples.modality == "video":
-            trained = name in trained_on or identity.get("test video") == found
-            crop = run.args.crop or (identity.get("crop") if trained else None)
+            trained = name in trained_on or recorded == found
+            crop = args.crop or (identity.get("crop") if trained else None)
             # One's own clips are sampled at the step in time that the training clips had
             rate = samples.rate and identity.get("video rate", samples.rate)
-            samples = replace(samples, box=crop, rate=rate)
-        if same and recorded != found:
-            text = (f"not the test samples of training, {file} may have seen them: {found}; "
-                    f"recorded: {recorded}")
-            if run.args.folds:
-                raise UserError(text)
-            run.warnings.append(text)
+            samples = replace(samples, box=crop or samples.box, rate=rate)
         tests.append(samples)
     if not tests:
         raise UserError(f"{file} does not say what it was trained on: give --dataset, and --fold")
     return tests
 
 
-def evaluate_set(run: Run, file: Path, model: S4D, samples: Samples) -> tuple:
-    """Scores, the pass that they are from, and a row of each sample's name, class, predicted class
-    and probabilities."""
+def evaluate_set(run: Run, file: Path, model: S4D, samples: Samples) -> tuple[dict, Observed]:
+    """Scores, and the pass that they are from. To the predictions are added a row of each sample's
+    name, class, predicted class and probabilities."""
+    m = samples.modality
+    classes = model.architecture[f"{m}_classes"]
     scores, seen = evaluate(model, samples, run.process, run.args.workers)
-    classes = model.architecture[f"{samples.modality}_classes"]
-    scores |= dict(classes=classes, fold=samples.fold, samples=len(samples), checkpoint=str(file))
-    rows = []
-    names = samples.names.tolist()
+    rows = run.predictions.setdefault(m, [["sample", "label", "prediction", *classes]])
     labels = labels_of(samples, model)
-    for i, probabilities in enumerate(seen.probabilities[samples.modality]):
-        predicted = classes[probabilities.argmax()]
-        row = [os.fsdecode(names[i]), classes[labels[i]], predicted]
-        rows.append(row + probabilities.round(6).tolist())
-    return scores, seen, rows
+    for name, label, row in zip(samples.names.tolist(), labels, seen.probabilities[m]):
+        names = [os.fsdecode(name), classes[label], classes[row.argmax()]]
+        rows.append(names + row.round(6).tolist())
+    scores |= dict(classes=classes, fold=samples.fold, samples=len(samples), checkpoint=str(file))
+    return scores, seen
 
 
 def evaluate_folds(run: Run) -> None:
@@ -444,56 +426,46 @@ def evaluate_folds(run: Run) -> None:
     if not len(files) == len(tests) == folds:
         raise UserError(f"--folds expects one checkpoint of each of the {folds} folds of {name}: "
                         f"these {len(files)} are of folds {sorted(tests)}")
-    scores, predicted = [], []
+    scores = []
     by_fold = [["", "UAR", "WAR"]]
     for fold, (file, samples) in sorted(tests.items()):
         model = load_model(run, file, read_checkpoint(file))            # one at a time in memory
-        score, _, rows = evaluate_set(run, file, model, samples)
+        score, _ = evaluate_set(run, file, model, samples)
         scores.append(score)
-        predicted += rows
         by_fold.append([f"fold {fold}", score["uar"], score["war"]])
     together = join_folds(scores)
     by_fold.append(["mean", together["uar_mean"], together["war_mean"]])
     by_fold.append(["deviation", together["uar_deviation"], together["war_deviation"]])
     together |= dict(classes=score["classes"], checkpoint="all folds as one")
     run.lines.append(f"\n{name}, each fold by itself\n{markdown(by_fold[0], by_fold[1:])}")
-    show_scores(run, f"{name}, {folds} folds", samples, together, predicted)
+    show_scores(run, f"{name}, {folds} folds", samples, together)
     show(run, "folds", by_fold)
 
 
 def evaluate_sets(run: Run, file: Path, checkpoint: dict) -> None:
     """A fine-tuned checkpoint on its test data and, for a report, everything else."""
     model = load_model(run, file, checkpoint)
-    report = run.args.report and run.process.main
     tested = {}
     for samples in load_tests(run, file, checkpoint):
-        scores, seen, rows = evaluate_set(run, file, model, samples)
+        scores, seen = evaluate_set(run, file, model, samples)
         if "state" in checkpoint:
             scores["checkpoint"] += f" after epoch {checkpoint['state']['epoch']}"
-        show_scores(run, data_name(samples), samples, scores, rows)
+        show_scores(run, data_name(samples), samples, scores)
         tested[samples.modality] = samples, seen
-        if report:
-            show_mistakes(run, model, samples, rows)
-    if report:
+    if run.args.report and run.process.main:
+        for samples, _ in tested.values():
+            show_mistakes(run, model, samples)
         show_training(run, file)
-        show_paths(run, model, tested)
+        show_experts(run, model, tested)
         show_tasks(run, model, tested)
-        if len(tested) == 2:
-            show_similarity(run, *tested["video"], *tested["image"])
         show_attention(run, model, tested)
-        pretrained = checkpoint.get("identity", {}).get("pretrained", "none")
-        try:
-            if pretrained != "none":
-                show_reconstructions(run, pretrained, read_checkpoint(pretrained))
-        except UserError as error:          # the file or its data may be on another machine
-            run.warnings.append(f"no reconstructions of stage 1 ({pretrained}): {error}")
 
 
 # --------------------------------------------------------------------------- own images and videos
 
 def covering_frames(n: int, frames: int, stride: int, most: int = 64) -> list[int]:
-    """Frame numbers of clips that cover a video of n frames, joined: each overlaps half of the next,
-    or there are `most`, spread evenly."""
+    """Frame numbers of clips that cover a video of n frames, joined: each overlaps half of the
+    next, or there are `most`, spread evenly."""
     every = np.arange(0, n, stride)
     every = np.pad(every, (0, max(0, frames - len(every))), "edge")
     last = len(every) - frames
@@ -508,19 +480,19 @@ def show_media(run: Run, checkpoint_file: Path, checkpoint: dict) -> None:
     """Predictions for one's own images, and for videos the mean over clips that cover them. What
     cannot be used is named before any work."""
     model = load_model(run, checkpoint_file, checkpoint)
-    kinds = {}
+    clips = {}
     for file in run.args.media:
-        m = kinds[file] = "video" if is_clip(file) else "image"
+        clips[file] = open_clip(file)       # counted, not decoded: a broken file is found in time
+        m = "video" if clips[file] else "image"
         if m not in model.head:
             raise UserError(f"{file} is {m} data, which this model was trained without")
-        if m == "video":
-            video_length(file)              # counted, not decoded: a broken file is found in time
     transform = resize = v2.Resize((model.size.pixels, model.size.pixels), antialias=True)
-    for file, m in kinds.items():
+    for file, clip in clips.items():
+        m = "video" if clip else "image"
         if run.args.crop:
             transform = v2.Compose([partial(boxed, box=run.args.crop, path=file), resize])
         if m == "video":
-            views, seconds, note = read_whole(model.size, checkpoint, file, transform)
+            views, seconds, note = read_whole(model.size, checkpoint, clip, transform)
         else:
             views, note = transform(read_image(file))[None], ""             # (1, 3, H, W)
         # In parts, as 64 clips of size base do not fit into a small GPU at once
@@ -545,23 +517,21 @@ def show_media(run: Run, checkpoint_file: Path, checkpoint: dict) -> None:
         run.lines.append(f"\nOwn {m}s: {len(rows)}\n{markdown(columns, rows)}")
 
 
-def read_whole(size: Size, checkpoint: dict, file: Path, transform) -> tuple:
-    """Clips that cover a video, at the training clips' step in time, uint8 (W, T, 3, H, W); the
-    seconds of their middles; and a note."""
+def read_whole(size: Size, checkpoint: dict, clip, transform) -> tuple:
+    """Clips that cover a video, opened, at the training clips' step in time, uint8 (W, T, 3, H, W);
+    the seconds of their middles; and a note."""
     identity = checkpoint.get("identity", {})
     stride = identity.get("video stride") or 4
     rate = identity.get("video rate") or 25.0
-    n, own_rate = video_length(file)
     choose = partial(covering_frames, frames=size.frames, stride=stride)
-    frames = resampled(choose, n, own_rate or 25.0, rate)
-    with tqdm(desc=f"decoding {file.name}", unit=" frames", leave=False, disable=None) as bar:
-        views = read_clip(file, lambda *_: frames, transform, lambda done: bar.update(done - bar.n))
+    frames = resampled(choose, clip.n, clip.rate or 25.0, rate)
+    views = read_clip(clip, frames, transform, f"decoding {clip.path.name}")
     views = views.unflatten(0, (-1, size.frames))
-    seconds = n / (own_rate or 25.0)
-    middles = np.reshape(frames, (-1, size.frames))[:, size.frames // 2] * seconds / n
+    seconds = clip.n / (clip.rate or 25.0)
+    middles = np.reshape(frames, (-1, size.frames))[:, size.frames // 2] * seconds / clip.n
     note = (f", the mean over {len(views)} clips of {size.frames * stride / rate:.1f} seconds, "
             f"spread over its {seconds:.1f} seconds")
-    if own_rate is None:
+    if clip.rate is None:
         note += ", if it has 25 frames a second, which nothing says"
     return views, middles.round(2), note
 
@@ -570,37 +540,29 @@ def read_whole(size: Size, checkpoint: dict, file: Path, transform) -> tuple:
 
 def data_name(samples: Samples) -> str:
     """A test set, called what it is."""
-    name = samples.name
-    if name not in CATALOGUE:
-        name = "/".join(own_lists(name)[-1].parts[-2:])
-    elif catalogue(name).folds > 1:
-        name += f", fold {samples.fold}"
-    return name
+    if samples.name not in CATALOGUE:
+        return "/".join(catalogue(samples.name).lists[-1].parts[-2:])
+    return samples.name + (f", fold {samples.fold}" if catalogue(samples.name).folds > 1 else "")
 
 
-def show_scores(run: Run, name: str, samples: Samples, scores: dict, rows: list[list]) -> None:
-    """Scores, the confusion matrix (Fig. 7) and recalls (Table III). rows: of `evaluate_set`."""
+def show_scores(run: Run, name: str, samples: Samples, scores: dict) -> None:
+    """Scores, and the confusion matrix (Fig. 7) with recalls (Table III)."""
     classes = scores["classes"]
-    title = f"{name}: {len(rows)} test samples, {scores['checkpoint']}"
-    run.lines.append(f"\n{title}\n{table(scores, classes)}")
+    title = f"{name}: {np.sum(scores['confusion'])} test samples, {scores['checkpoint']}"
+    words = table(scores, classes)
+    run.lines.append(f"\n{title}\n{words}")
     run.numbers[samples.name] = scores
-    run.predictions[samples.modality] = [["sample", "label", "prediction", *classes], *rows]
-    values = [["", "value", "95 % interval from", "to", "always the most frequent class"]]
-    for score in ("uar", "war"):
-        interval = scores[f"{score}_interval"]
-        values.append([score.upper(), scores[score], *interval, scores[f"majority_{score}"]])
-    # Shares make classes of different sizes comparable, numbers say how much a share means
-    confusion = [["true ↓ predicted →", *classes]]
-    for true, counts, shares in zip(classes, scores["confusion"], scores["by_row"]):
+    rows = [["true ↓ predicted →", *classes, "recall"]]
+    for i, true in enumerate(classes):
+        counts = scores["confusion"][i]
         row = [f"{true} ({sum(counts)})"]
-        for share, count in zip(shares, counts):
-            row.append((share, f"{count} ({share:.0%})") if sum(counts) else None)
-        confusion.append(row)
-    recall = [["", *classes, "UAR", "WAR"], ["", *scores["recall"], scores["uar"], scores["war"]]]
+        # Shares make classes of different sizes comparable, numbers say how much a share means
+        for count, share in zip(counts, scores["by_row"][i]):
+            row.append(None if share is None else (share, f"{count} ({share:.0%})"))
+        rows.append([*row, scores["recall"][i]])
+    scored, baseline, *_ = words.splitlines()
     of = f"test {samples.modality}s of {name}"
-    show(run, "scores", values, of=of, note=f"{title}.")
-    show(run, "confusion", confusion, grid(confusion), of)
-    show(run, "recall", recall, of=of)
+    show(run, "scores", rows, grid(rows), of, f"{title}. {scored}; {baseline}.")
 
 
 def show_training(run: Run, file: Path) -> None:
@@ -614,57 +576,38 @@ def show_training(run: Run, file: Path) -> None:
     scores = [["epoch"]]
     for m in sources:
         scores[0] += [f"UAR, {m}s", f"WAR, {m}s"]
-    chosen_by = []
+    tested = []                             # not after every epoch of size tiny; never in stage 1
     for record in records:
-        losses.append([record["epoch"], *(record["loss"].get(m) for m in sources)])
-        tested = record.get("validation", record.get("test"))  # not after every epoch of size tiny
-        if tested:
+        losses.append([record["epoch"], *(record["loss"][m] for m in sources)])
+        if "score" in record:
+            tested.append(record)
             scores.append([record["epoch"]])
             for m in sources:
-                scores[-1] += [tested[m]["uar"], tested[m]["war"]]
-            chosen_by.append(record["score"])
+                found = record.get("validation", record.get("test"))[m]
+                scores[-1] += [found["uar"], found["war"]]
     show(run, "training-loss", losses, line_chart(losses, "loss"))
-    if chosen_by:
-        best = int(np.argmax(chosen_by))
-        held_out = "validation" in records[-1]
-        data = "samples held out of the training fold" if held_out else "the test samples"
-        note = f"Of {data}. Dashed: the best epoch, {scores[best + 1][0]}, chosen by WAR on them."
-        drawing = line_chart(scores, "share", mark=best)
+    if tested:
+        best = max(tested, key=lambda record: record["score"])
+        by = "samples held out of the training fold" if "validation" in best else "the test samples"
+        note = f"Of {by}. Dashed: the best epoch, {best['epoch']}, chosen by WAR on them."
+        drawing = line_chart(scores, "share", mark=best["epoch"])
         show(run, "training-scores", scores, drawing, note=note)
 
 
-def show_mistakes(run: Run, model: S4D, samples: Samples, rows: list[list]) -> None:
-    """The ten most confident mistakes, with their frames. rows: of `evaluate_set`."""
+def show_mistakes(run: Run, model: S4D, samples: Samples) -> None:
+    """The ten most confident mistakes, with their frames."""
+    _, *rows = run.predictions[samples.modality]
     wrong = []
     for i, (file, true, predicted, *probabilities) in enumerate(rows):
         if true != predicted:
-            wrong.append((max(probabilities), i, true, predicted, file))
-    wrong.sort(reverse=True)
+            wrong.append((max(probabilities), i, f"{true}, taken for {predicted}", file))
     data = TestData(samples, model.size)
-    numbers = [["", "true", "predicted", "probability", "file"]]
-    pictures = [[""] * 5]
-    for place, (confidence, i, true, predicted, file) in enumerate(wrong[:10], 1):
-        numbers.append([place, true, predicted, confidence, file])
-        name = f"{place}. {true}, taken for {predicted} {confidence:.2f}"
-        views = data[i][1].flatten(0, -4)                                   # (v T, 3, H, W)
-        pictures.append([name, *views[::model.size.frames // 2]])           # four of two clips
+    pictures = []
+    for confidence, i, words, file in sorted(wrong, reverse=True)[:10]:
+        frames = data[i][1].flatten(0, -4)[::model.size.frames // 2]        # four of two clips
+        pictures.append([f"{file}: {words} {confidence:.2f}", *frames])
     if wrong:
-        show(run, "mistakes", numbers, grid(pictures), samples)
-
-
-def show_paths(run: Run, model: S4D, tested: dict) -> None:
-    """The ten most frequent paths of tokens through the experts, the first two in colour."""
-    for samples, seen in tested.values():
-        if seen.paths:
-            paths, shares = zip(*seen.paths)
-            layers = model.architecture["moae_layers"][-len(paths[0]):]
-            rows = [["layer"], *zip(layers, *paths)]
-            for path, share in seen.paths:
-                rows[0].append(f"{'-'.join(map(str, path))}: {share:.1%}")
-            widths = [12 * share / shares[0] for share in shares]
-            top = max(1, model.architecture["experts"] - 1)
-            drawing = line_chart(rows, "expert", top, widths=widths)
-            show(run, "paths", rows, drawing, samples)
+        show(run, "mistakes", [], grid(pictures), samples)
 
 
 def cross_task(samples: Samples, probabilities: np.ndarray, classes: list[str]) -> dict | None:
@@ -673,14 +616,15 @@ def cross_task(samples: Samples, probabilities: np.ndarray, classes: list[str]) 
     a head sees the other's data; here it takes the representation of either."""
     places = class_numbers(samples.classes, classes)
     ours = [i for i, place in enumerate(places) if place is not None]
+    theirs = [places[i] for i in ours]
     kept = np.isin(samples.labels, ours)
     if not kept.any():
         return None
     # Only these classes are a choice, so that chance is the same for both heads
     labels = np.searchsorted(ours, samples.labels[kept])
-    predictions = probabilities[kept][:, [places[i] for i in ours]].argmax(1)
+    predictions = probabilities[kept][:, theirs].argmax(1)
     scores = metrics(confusion_matrix(labels, predictions, len(ours)))
-    return dict(scores, samples=int(kept.sum()), classes=[samples.classes[i] for i in ours])
+    return dict(scores, samples=len(labels), classes=[samples.classes[i] for i in ours])
 
 
 def class_centres(features: np.ndarray, labels: np.ndarray, classes: int) -> torch.Tensor:
@@ -689,29 +633,41 @@ def class_centres(features: np.ndarray, labels: np.ndarray, classes: int) -> tor
     return torch.stack([features[labels == c].mean(0) for c in range(classes)])
 
 
-def show_tasks(run: Run, model: S4D, tested: dict) -> None:
-    """The experts of each task (Fig. 5) and each head on the other's data (Table IX)."""
-    experts = [["layer ↓ expert →", *range(model.architecture["experts"])]]
-    heads = [["", "UAR", "WAR", "samples"]]
+def show_experts(run: Run, model: S4D, tested: dict) -> None:
+    """The experts of each task, and the ten most frequent paths of tokens through them, the first
+    two in colour (Fig. 5)."""
+    layers, experts = model.architecture["moae_layers"], model.architecture["experts"]
+    if not layers:
+        return
+    shares = [["layer ↓ expert →", *range(experts)]]
     for m, (samples, seen) in tested.items():
         for layer, gate in gate_statistics(model, seen.activation).items():
-            experts.append([f"{m}s, layer {layer}", *gate["share"]])
+            shares.append([f"{m}s, layer {layer}", *gate["share"]])
+        paths, of_tokens = zip(*seen.paths)
+        rows = [["layer"], *zip(layers[-len(paths[0]):], *paths)]
+        pens = []
+        for i, share in enumerate(of_tokens):
+            rows[0].append(f"{'-'.join(map(str, paths[i]))}: {share:.1%}")
+            pens.append((COLOURS[i] if i < 2 else "#999", 12 * share / of_tokens[0]))
+        show(run, "paths", rows, line_chart(rows, "expert", experts - 1, pens=pens), samples)
+    show(run, "experts", shares, grid(shares, high=1 / model.architecture["k"]))
+
+
+def show_tasks(run: Run, model: S4D, tested: dict) -> None:
+    """Each head on the other's data (Table IX), and how similar the classes are (Fig. 4)."""
+    heads = [["", "UAR", "WAR", "samples"]]
+    for m, (samples, seen) in tested.items():
         other = "image" if m == "video" else "video"
         theirs = model.architecture[f"{other}_classes"]
         scores = cross_task(samples, seen.probabilities.get(other), theirs)
         if scores:
             name = f"{other} head on {data_name(samples)}"
             heads.append([name, scores["uar"], scores["war"], scores["samples"]])
-    if len(experts) > 1:
-        drawing = grid(experts, high=1 / model.architecture["k"])
-        show(run, "experts", experts, drawing)
     if len(heads) > 1:
         show(run, "heads", heads)
-
-
-def show_similarity(run: Run, clips: Samples, of_clips: Observed, images: Samples,
-                    of_images: Observed) -> None:
-    """How similar the classes of both data sets are (Fig. 4)."""
+    if len(tested) < 2:
+        return
+    (clips, of_clips), (images, of_images) = tested.values()
     # Columns in the rows' order, so that the same classes are the diagonal
     order = [i for i in class_numbers(clips.classes, images.classes) if i is not None]
     order += [i for i in range(len(images.classes)) if i not in order]
@@ -757,26 +713,24 @@ def heat_on(frames: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
 
 def show_attention(run: Run, model: S4D, tested: dict) -> None:
     """Fig. 6: the first sample of each class, and what the model and --baseline attend to."""
-    models = [model]
+    models = {"attention": model}
     if run.args.baseline:
         checkpoint = read_checkpoint(run.args.baseline)
-        models.append(load_model(run, run.args.baseline, checkpoint))
+        models["baseline"] = load_model(run, run.args.baseline, checkpoint)
     for m, (samples, _) in tested.items():
         data = TestData(samples, model.size)
-        rows = []
-        for label in np.unique(samples.labels):
-            x = data[int(np.argmax(samples.labels == label))][1][:1]        # (1, T, 3, H, W)
+        rows = [[""]]
+        for label, first in zip(*np.unique(samples.labels, return_index=True)):
+            x = data[first][1][:1]                                          # (1, T, 3, H, W)
             frames = x[0, ::model.size.tubelet] if m == "video" else x      # (time slots, 3, H, W)
             row = [samples.classes[label], *frames[::2]]
-            for one in models:
+            for one in models.values():
                 row += heat_on(frames, attention(one, x, run.process)[0])[::2]
             rows.append(row)
-        columns = [""]
-        for name in ("frame", "attention", "baseline")[:1 + len(models)]:
+        for name in ("frame", *models):
             for i in range(0, len(frames), 2):
-                columns.append(f"{name} {i * model.size.tubelet * samples.stride}")
-        drawing = grid([columns, *rows])
-        show(run, "attention", [], drawing, samples)
+                rows[0].append(f"{name} {i * model.size.tubelet * samples.stride}")
+        show(run, "attention", [], grid(rows), samples)
 
 
 def unpatchify(patches: torch.Tensor, size: Size) -> torch.Tensor:
@@ -813,15 +767,13 @@ def show_reconstructions(run: Run, file: Path, checkpoint: dict) -> None:
     for samples in load_tests(run, file, checkpoint):
         m = samples.modality
         data = TestData(samples, model.size)
-        cut = partial(fixed_crop, part=samples.crop)                        # as in stage 1
-        data.frame_transform = v2.Compose([cut, data.frame_transform])
+        # Eight images, or eight frames of a video
         index = np.linspace(0, len(samples) - 1, 8 if m == "image" else 1).astype(int)
         x = torch.stack([data[i][1][0] for i in index])
         ratio = checkpoint.get("identity", {}).get(f"{m}_mask_ratio", MASK_RATIO[m])
-        rows = [[""] * 9]
+        rows = []
         parts = reconstruct(model, x, ratio, run.process)
         for name, frames in zip(("original", "masked", "reconstructed"), parts):
-            # Eight images, or eight frames of a video
             rows.append([name, *frames[:, ::model.size.tubelet].flatten(0, 1)[:8]])
         note = f"{ratio:.0%} of the patches are hidden."
         show(run, "reconstructions", [], grid(rows), samples, note)
@@ -839,22 +791,13 @@ def escape(value) -> str:
     return html.escape(re.sub("[\0-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", words))
 
 
-def tag(name: str, inside: str = "", **attributes) -> str:
-    """An element of SVG. inside: SVG."""
-    words = name
-    for key, value in attributes.items():
-        value = round(value, 2) if isinstance(value, float) else value
-        words += f' {key.replace("_", "-")}="{escape(value)}"'
-    return f"<{words}>{inside}</{name}>"
+def text(x: float, y: float, words, anchor: str = "middle", more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
 
 
-def text(x: float, y: float, words, anchor: str = "middle", **attributes) -> str:
-    return tag("text", escape(words), x=x, y=y, text_anchor=anchor, **attributes)
-
-
-def text_width(words) -> float:
+def text_width(cell) -> float:
     """About the width in pixels; Chinese, Japanese and Korean letters are the widest."""
-    return sum(13 if letter > "\u2e80" else 7 for letter in str(words))
+    return sum(13 if letter > "\u2e80" else 7 for letter in shown(cell))
 
 
 def picture(frame: torch.Tensor, x: float, y: float, side: int) -> str:
@@ -862,133 +805,90 @@ def picture(frame: torch.Tensor, x: float, y: float, side: int) -> str:
     file = io.BytesIO()
     v2.functional.to_pil_image(frame).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
-    return tag("image", x=x, y=y, width=side, height=side, style="image-rendering:pixelated",
-               href=f"data:image/png;base64,{data}")
+    return (f'<image x="{x:.1f}" y="{y:.1f}" width="{side}" height="{side}" '
+            f'style="image-rendering:pixelated" href="data:image/png;base64,{data}"/>')
 
 
 def svg(width: float, height: float, parts: list[str]) -> str:
-    """A drawing in the page's colours, which does not shrink beyond what can be read."""
-    return tag("svg", "".join(parts), xmlns="http://www.w3.org/2000/svg",
-               viewBox=f"0 0 {width:.0f} {height:.0f}",
-               width=width,
-               style=f"min-width:{0.7 * width:.0f}px",
-               font_family="sans-serif", font_size=13, fill="currentColor")
-
-
-def stand_alone(drawing: str) -> str:
-    """A drawing on white, for a file of its own."""
-    return drawing.replace(">", '><rect width="100%" height="100%" fill="white"/>', 1)
+    """A drawing on white, which a page does not shrink beyond what can be read."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+            f'width="{width:.0f}" style="min-width:{0.7 * width:.0f}px" font-family="sans-serif" '
+            f'font-size="13"><rect width="100%" height="100%" fill="white"/>'
+            f"{''.join(parts)}</svg>")
 
 
 def grid(rows: list[list], high: float = 1.0) -> str:
-    """A table as SVG, whose first row and column are names. Cells: a number, whose colour is the
-    stronger the nearer it is to `high`, and another one below 0; (number, text), which shows the
-    text; a text; None, shown as -; a picture, uint8 (3, h, w), first in the row."""
-    (corner, *columns), *rows = rows
-    width = 84
-    height = 84 if isinstance(rows[0][1], torch.Tensor) else 34
-    left = 16 + max(text_width(name) for name in [corner, *(row[0] for row in rows)])
-    # Names of columns that are wider than these are turned, and need room above
-    longest = max(map(text_width, columns))
-    angle = 0
-    anchor = "middle"
-    top = 24
-    if longest > width:
-        angle = -40
-        anchor = "start"
-        top += 0.65 * longest
-    parts = [text(left - 8, top - 8, corner, "end")]
-    for j, name in enumerate(columns):
-        x = left + width * (j + 0.5)
-        turn = f"rotate({angle} {x} {top - 8})"
-        parts.append(text(x, top - 8, name, anchor, transform=turn))
-    for i, (name, *cells) in enumerate(rows):
-        y = top + height * i
-        parts.append(text(left - 8, y + height / 2 + 5, name, "end"))
-        for j, cell in enumerate(cells):
-            parts.append(grid_cell(cell, left + width * j, y, width - 2, height - 2, high))
-    return svg(left + width * len(columns) + 0.8 * longest, top + height * len(rows) + 8, parts)
+    """A table as SVG. Cells: a number, whose colour is the stronger the nearer it is to `high`, and
+    another one below 0; (number, text), which shows the text; a text; None, shown as -; a picture,
+    uint8 (3, h, w), the first of which stands in the second column."""
+    parts = []
+    x = 0
+    for column in zip(*rows):
+        width = max(84, 12 + max(map(text_width, column)))
+        y = 0
+        for row, cell in zip(rows, column):
+            height = 84 if isinstance(row[1], torch.Tensor) else 34
+            value = cell[0] if isinstance(cell, tuple) else cell
+            words = shown(cell)
+            if isinstance(value, float):
+                colour = "#d95f0e" if value < 0 else "#1f77b4"
+                strength = 0.7 * min(abs(value) / high, 1)      # black letters stay readable
+                parts.append(f'<rect x="{x}" y="{y}" width="{width - 2}" height="{height - 2}" '
+                             f'fill="{colour}" opacity="{strength:.2f}"/>')
+            if isinstance(cell, float):
+                words = f"{cell:.2f}"
+            if isinstance(cell, torch.Tensor):
+                parts.append(picture(cell, x, y, height - 2))
+            parts.append(text(x + width / 2 - 1, y + height / 2 + 4, words))
+            y += height
+        x += width
+    return svg(x, y, parts)
 
 
-def grid_cell(cell, x: float, y: float, width: int, height: int, high: float) -> str:
-    if isinstance(cell, torch.Tensor):
-        return picture(cell, x, y, width)
-    box = ""
-    value = cell[0] if isinstance(cell, tuple) else cell
-    if isinstance(value, float):
-        # Neither black text on white nor white on black is lost in these colours
-        colour = "#d95f0e" if value < 0 else "#1f77b4"
-        strength = 0.7 * min(abs(value) / high, 1)
-        box = tag("rect", x=x, y=y, width=width, height=height, fill=colour, opacity=strength)
-    words = f"{cell:.2f}" if isinstance(cell, float) else shown(cell)
-    return box + text(x + width / 2, y + height / 2 + 5, words)
-
-
-def line_chart(rows: list[list], y_name: str, top: int | None = None, mark: int | None = None,
-               widths=None, pictures=None) -> str:
-    """A table as SVG: a line for each column over the first one, y from 0 to `top`; None is a gap.
-
-    mark: the row at which a dashed line stands. widths: of the lines, of which then only two are
-    in colour. pictures: of the rows, uint8 (n, 3, h, w); at most eight are put below the axis.
-    """
+def line_chart(rows: list[list], y_name: str, top: int = 0, mark: int | None = None, pens=(),
+               pictures=None) -> str:
+    """A table as SVG: a line for each column over the first one, y from 0 to `top`. mark: where
+    across a dashed line stands. pens: colour and width of the lines. pictures: of the rows, uint8
+    (n, 3, h, w); at most eight are put below the axis."""
     (x_name, *names), *rows = rows
     xs, *lines = np.array(rows, float).T
     low = math.floor(xs[0])
     high = max(low + 1, math.ceil(xs[-1]))
-    top = top or max(1, math.ceil(np.nanmax(lines)))
-    left, right = 52, 372                   # pixels
-    upper, lower = 16, 216
-    across = np.interp(xs, (low, high), (left, right))
-    heights = np.interp(lines, (0, top), (lower, upper))
-    # The axes
-    parts = [text(212, lower + 38, x_name)]
-    parts.append(text(14, 116, y_name, transform="rotate(-90 14 116)"))
+    top = top or max(1, math.ceil(np.max(lines)))
+    across = partial(np.interp, xp=(low, high), fp=(52, 372))               # to pixels
+    upward = partial(np.interp, xp=(0, top), fp=(216, 16))
+    parts = [text(212, 254, x_name)]
+    parts.append(text(14, 116, y_name, more=' transform="rotate(-90 14 116)"'))
+    for tick in range(low, high + 1, math.ceil((high - low) / 8)):
+        parts.append(text(across(tick), 234, tick))
     ticks = range(0, top + 1, math.ceil(top / 8))
     if top == 1:
         ticks = (0, 0.25, 0.5, 0.75, 1)
-    for tick, y in zip(ticks, np.interp(ticks, (0, top), (lower, upper))):
-        parts.append(tag("path", d=f"M{left} {y}H{right}", stroke="currentColor", opacity=0.2))
-        parts.append(text(left - 8, y + 4, tick, "end"))
-    ticks = range(low, high + 1, math.ceil((high - low) / 8))
-    for tick, x in zip(ticks, np.interp(ticks, (low, high), (left, right))):
-        parts.append(text(x, lower + 18, tick))
+    for tick in ticks:
+        y = upward(tick)
+        parts.append(f'<path d="M52 {y:.1f}H372" stroke="#ccc"/>')
+        parts.append(text(44, y + 4, tick, "end"))
     if mark is not None:
-        dashed = dict(stroke="currentColor", stroke_dasharray="4 4")
-        parts.append(tag("path", d=f"M{across[mark]} {upper}V{lower}", **dashed))
-    # The first line is drawn last, on top of the others
-    for i in reversed(range(len(names))):
+        line = f"M{across(mark):.1f} 16V216"
+        parts.append(f'<path d="{line}" stroke="black" stroke-dasharray="4 4"/>')
+    pens = pens or [(colour, 2) for colour in COLOURS]
+    for i in reversed(range(len(names))):   # the first line on top of the others
+        colour, width = pens[i % len(pens)]
+        style = f'stroke="{colour}" stroke-width="{width:.1f}"'
         points = []
-        for x, y in zip(across, heights[i]):
-            if not np.isnan(y):
-                points.append(f"{x:.1f} {y:.1f}")
-        style = dict(stroke=COLOURS[i % len(COLOURS)], stroke_width=2)
-        if widths:
-            style = dict(stroke=COLOURS[i] if i < 2 else "#999", stroke_width=widths[i])
-        # h0 and round ends make a dot of a single point
-        line = f"M{'L'.join(points)}h0"
-        parts.append(tag("path", d=line, fill="none", stroke_linecap="round", **style))
+        for x, y in zip(across(xs), upward(lines[i])):
+            points.append(f"{x:.1f} {y:.1f}")
+        line = f"M{'L'.join(points)}h0"     # h0 and round ends make a dot of a single point
+        parts.append(f'<path d="{line}" fill="none" stroke-linecap="round" {style}/>')
         y = 26 + 19 * i
-        parts.append(tag("path", d=f"M{right + 16} {y}h18", **style))
-        parts.append(text(right + 42, y + 5, names[i], "start"))
-    bottom = lower + 48
+        parts.append(f'<path d="M388 {y}h18" {style}/>')
+        parts.append(text(414, y + 5, names[i], "start"))
+    height = max(264, 36 + 19 * len(names))
     if pictures is not None:
+        height = max(312, height)
         for i in range(0, len(xs), math.ceil(len(xs) / 8)):
-            parts.append(picture(pictures[i], across[i] - 20, bottom, 40))
-        bottom += 48
-    width = right + 50 + max(map(text_width, names))
-    return svg(width, max(bottom, 36 + 19 * len(names)), parts)
-
-
-def html_table(rows: list[list], caption: str) -> str:
-    """A table whose first row and column are names. caption: HTML."""
-    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in rows[0])
-    body = ""
-    for name, *cells in rows[1:]:
-        body += f"<tr><th scope=row>{escape(name)}</th>"
-        for cell in cells:
-            body += f"<td>{escape(shown(cell))}</td>"
-        body += "</tr>\n"
-    return f"<table><caption>{caption}</caption>\n<tr>{head}</tr>\n{body}</table>"
+            parts.append(picture(pictures[i], across(xs[i]) - 20, 264, 40))
+    return svg(422 + max(map(text_width, names)), height, parts)
 
 
 def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples | str = "",
@@ -998,68 +898,65 @@ def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples |
         return
     if isinstance(of, Samples):
         of = f"test {of.modality}s of {data_name(of)}"
-    title, how_to_read, paper = TEXTS[kind]
+    title = kind.replace("-", " ").capitalize()
     title = escape(f"{title}: {of}" if of else title)
     name = re.sub(r"\W+", "-", f"{kind} {of}"[:80]).strip("-")
-    body = f"<h2>{title}</h2><p>{escape(note)} {escape(how_to_read)}"
-    if paper:
-        body += f" <small>In the paper: {paper}.</small>"
-    body += "</p>"
+    body = f"<h2>{title}</h2><p>{escape(note)}</p><p>{TEXTS.get(kind, '')}</p>"
     # A box that scrolls must be reached by the keyboard and be named
-    scroll = f'<div class=scroll role=region tabindex=0 aria-label="{title}">'
+    box = f'<div class=scroll tabindex=0 aria-label="{title}"'
     if drawing:
-        run.drawings[name] = drawing
-        named = drawing.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-        body += f"{scroll}{named}</div>"
+        run.drawings[f"{name}.svg"] = drawing
+        body += f"{box} role=img>{drawing}</div>"
     if rows:
         run.numbers[name] = rows
         state = "" if drawing else "open"
-        table = html_table(rows, title)
-        body += f"<details {state}><summary>In numbers</summary>{scroll}{table}</div></details>"
+        body += f"<details {state}><summary>In numbers</summary>{box} role=region><table>"
+        for i, row in enumerate(rows):
+            body += "<tr>"
+            for j, cell in enumerate(row):
+                words = escape(shown(cell))
+                if i and j:
+                    body += f"<td>{words}</td>"
+                else:
+                    body += f"<th scope={'row' if i else 'col'}>{words}</th>"
+            body += "</tr>\n"
+        body += "</table></div></details>"
     run.sections.append(f'<section id="{name}">{body}</section>\n')
 
 
-def page(title: str, warnings: list[str], sections: list[str]) -> str:
-    """One file that needs nothing else. Each section's drawing also lies beside it, as an SVG."""
-    said = "".join(f"<p>Warning: {escape(warning)}</p>" for warning in warnings)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><main><h1>{escape(title)}</h1>{said}
-{"".join(sections)}</main></body></html>
+TEXTS = {  # how to read each kind of section, and what the paper has of it; as HTML
+    "scores": "UAR is the mean of the classes' recalls, however small a class; WAR is the share of "
+              "all that are right. Below, of each true class (rows) the number and share taken for "
+              "each class (columns), and its recall, the share found. <small>Paper: UAR and WAR of "
+              "DFEW 0.6680, 0.7668 (one fold 0.7058, 0.7937), FERV39K 0.4341, 0.5365, MAFW 0.4372, "
+              "0.5844, AffectNet-7 0.6545, 0.6550, Tables II, V, VI; recalls of DFEW: happy "
+              "0.9476, sad 0.7904, neutral 0.7460, angry 0.7980, surprise 0.6726, disgust 0.2759, "
+              "fear 0.4457, Table III; Fig. 7</small>",
+    "training-loss": "Mean of each epoch: it falls, then levels off.",
+    "mistakes": "Those of the highest probability: doubtful labels and badly cut faces show here.",
+    "paths": "A token's path through the experts is its expert of the largest weight in each "
+             "layer: the ten most frequent, as wide as their shares. <small>Paper: Fig. 5, latest "
+             "version</small>",
+    "experts": "The share of a layer's tokens that each expert receives. Layers and experts are "
+               "counted from 0. <small>Paper: Fig. 5</small>",
+    "heads": "Each head on the other's data, among the classes that both have. <small>Paper: UAR "
+             "and WAR of AffectNet-7's head on DFEW 0.4336, 0.4713, on FERV39K 0.3234, 0.3510; on "
+             "AffectNet-7 DFEW's 0.4520, 0.4504, FERV39K's 0.5146, 0.5138, Table IX</small>",
+    "similarity": "Do both tasks mean the same by a class? Cosine of the mean features of a class "
+                  "of clips and one of images: 1 the same, 0 nothing in common. <small>Paper: Fig. "
+                  "4</small>",
+    "attention": "The first of each class. Orange: what the prediction draws on more than evenly "
+                 "(attention rollout). <small>Paper: Fig. 6</small>",
+    "reconstructions": "What stage 1 fills in: grey patches are hidden from it. Mean and deviation "
+                       "of the predicted ones are the original's.",
+    "video": "Below: frames as the model sees them.",
+    "image": "As the model sees it, with the probability of each class.",
+    "settings": "Settings, data and versions, as the checkpoint records them."}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>
+<body><main>{body}</main></body></html>
 """
-
-
-TEXTS = {  # of each kind of figure: what it shows, how to read it, what the paper has of the kind
-    "scores": ("How often it is right", "UAR is the mean of the classes' recalls, however small a "
-               "class; WAR is the share of all that are right.",
-               "UAR and WAR of DFEW 0.6680, 0.7668 (one fold 0.7058, 0.7937), FERV39K 0.4341, "
-               "0.5365, MAFW 0.4372, 0.5844, AffectNet-7 0.6545, 0.6550: Tables II, V, VI"),
-    "confusion": ("What is taken for what", "Of the samples of each true class (rows) the number "
-                  "and share taken for each class (columns).", "Fig. 7"),
-    "recall": ("How much of each class is found", "", "Table III, DFEW: happy 0.9476, sad 0.7904, "
-               "neutral 0.7460, angry 0.7980, surprise 0.6726, disgust 0.2759, fear 0.4457"),
-    "folds": ("Each fold by itself", "", "Section IV-A joins them"),
-    "training-loss": ("Loss in training", "Mean of each epoch: it falls, then levels off.", ""),
-    "training-scores": ("Scores in training", "", ""),
-    "mistakes": ("Where it is most wrong", "The mistakes of the highest probability: doubtful "
-                 "labels and badly cut faces show here first.", ""),
-    "paths": ("Paths through the experts", "A token's path is its expert of the largest weight in "
-              "each layer: the ten most frequent, as wide as their shares.", "Fig. 5, latest version"),
-    "experts": ("Which experts are used", "The share of a layer's tokens that each expert "
-                "receives. Layers and experts are counted from 0.", "Fig. 5"),
-    "heads": ("Each head on the other's data", "Among the classes that both have.",
-              "UAR and WAR of AffectNet-7's head on DFEW 0.4336, 0.4713, on FERV39K 0.3234, 0.3510; "
-              "on AffectNet-7 of DFEW's 0.4520, 0.4504, of FERV39K's 0.5146, 0.5138: Table IX"),
-    "similarity": ("Do the two tasks mean the same by a class?", "Cosine of the mean features of a "
-                   "class of clips and one of images: 1 the same, 0 nothing in common.", "Fig. 4"),
-    "attention": ("Where it looks", "The first of each class. Orange: what the prediction draws on "
-                  "more than evenly (attention rollout).", "Fig. 6"),
-    "reconstructions": ("What stage 1 fills in", "Grey patches are hidden from the model. Mean and "
-                        "deviation of the predicted ones are the original's.", ""),
-    "video": ("Video", "Below: frames as the model sees them.", ""),
-    "image": ("Image", "As the model sees it, with the probability of each class.", ""),
-    "settings": ("Settings, data and versions", "As the checkpoint records them.", "")}
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 sans-serif; max-width: 62rem; margin: auto; padding: 1rem }
@@ -1070,10 +967,10 @@ main > * { flex: 1 1 100%; min-width: 0 }
 svg { display: block; height: auto; max-width: 100% }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #8886; text-align: right }
-th:first-child, caption { text-align: left }
+th:first-child { text-align: left }
 @media print { @page { size: A4; margin: 15mm } main { display: block }
-  section { break-inside: avoid } svg { max-height: 22cm } .scroll { overflow: visible }
-  details:not([open]) { display: none } }
+  section { break-inside: avoid } svg { max-height: 22cm; min-width: 0 !important }
+  .scroll { overflow: visible } details:not([open]) { display: none } }
 """
 
 

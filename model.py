@@ -16,22 +16,18 @@ is hidden. A token's pixels are its patch, of `tubelet` frames of `patch` x `pat
 import os
 import pickle
 import re
-import sys
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from unicodedata import normalize
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-if sys.version_info < (3, 11):
-    raise SystemExit(f"error: Python 3.11 or later is needed, this is {sys.version.split()[0]}")
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)      # ImageNet's, per channel of RGB in [0, 1]
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -97,7 +93,7 @@ def channel_values(values: tuple, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------ tokens and layers
 
 def modality(x: Tensor) -> str:
-    """"image" for a batch (B, 3, H, W), "video" for (B, 3, T, H, W); ValueError for others."""
+    """Tell images (B, 3, H, W) from videos (B, 3, T, H, W). ValueError for other shapes."""
     if x.ndim not in (4, 5) or x.shape[1] != 3:
         raise ValueError(f"expected (B, 3, H, W) or (B, 3, T, H, W), got {tuple(x.shape)}")
     return "image" if x.ndim == 4 else "video"
@@ -136,7 +132,8 @@ def sincos_table(length: int, width: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of a token's pixels, (B, N, P) -> (B, N, d), by the released Conv3d."""
+    """Linear embedding of a token's pixels, (B, N, P) -> (B, N, d). Released checkpoints hold its
+    matrix as the weight of a Conv3d, so it is kept as one."""
 
     def __init__(self, size):
         super().__init__()
@@ -144,7 +141,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, size.width, kernel_size=kernel, stride=kernel)
 
     def forward(self, patches):
-        # As stride = kernel, it is a matrix product, which can leave out the hidden tokens.
+        # As stride = kernel, a matrix product does the same, and can leave out the hidden tokens.
         weight = self.proj.weight.permute(0, 2, 3, 4, 1)        # values in patchify's order
         weight = weight.flatten(1)                              # (d, P)
         return F.linear(patches, weight, self.proj.bias)
@@ -154,7 +151,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(d / h)) v, each of (B, h, N, d / h)."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    # The same, for speed only: in bf16 on a CPU torch's kernel takes 1.2 to 9 times as long as this.
+    # For speed only: in bf16 on a CPU torch's kernel takes 1.2 to 9 times as long as this.
     logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)      # (B, h, N, N)
     return logits.softmax(-1) @ v
 
@@ -228,8 +225,11 @@ class Layer(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patch embedding and layers, without a class token. size: a Size; experts: MoAE by number of
-    layer. Stage 1 ends in a norm; stage 2 normalises the mean token instead."""
+    """The encoder of both stages: patch embedding, positions and layers, without a class token.
+
+    size: a Size. experts: {i: module}, a mixture of experts for layer i (see MoAE below; stage 1
+    has none). final_norm: stage 1 ends in a LayerNorm; stage 2 has one after the mean of tokens.
+    """
 
     def __init__(self, size, experts, final_norm=False):
         super().__init__()
@@ -279,12 +279,11 @@ class MaskedAutoencoder(nn.Module):
         table = sincos_table(self.size.video_tokens, width)
         self.register_buffer("decoder_positions", table, persistent=False)
         values = self.size.tubelet * self.size.patch ** 2 * 3   # P
-        self.decoder = nn.ModuleDict()
-        self.decoder["blocks"] = nn.Sequential()
+        blocks = nn.Sequential()
         for _ in range(self.size.decoder_depth):
-            self.decoder["blocks"].append(Layer(width, self.size.decoder_heads))
-        self.decoder["norm"] = nn.LayerNorm(width, eps=1e-6)
-        self.decoder["head"] = nn.Linear(width, values)
+            blocks.append(Layer(width, self.size.decoder_heads))
+        norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder = nn.ModuleDict(dict(blocks=blocks, norm=norm, head=nn.Linear(width, values)))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -295,10 +294,10 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, x, hidden=None, mask_ratio=None):
         """Hide tokens, encode the visible ones, decode, and compare with what was hidden.
 
-        x: (B, 3, H, W) or (B, 3, T, H, W), normalised with IMAGE_MEAN and IMAGE_STD. hidden: bool
-        (B, N), the same number True in every sample; None: a random mask of `mask_ratio`, None the
-        paper's. Returns (loss, pred, hidden): a scalar, the hidden tokens' predicted pixels in
-        token order, (B, N - V, P), and the mask. ValueError for a mask that does not fit.
+        x: (B, 3, H, W) or (B, 3, T, H, W), normalised with IMAGE_MEAN and IMAGE_STD. hidden: the
+        mask, bool (B, N). Without one, a random mask is drawn, which hides the share `mask_ratio`
+        of the tokens, by default the paper's. Returns (loss, pred, hidden): a scalar, what is
+        predicted of the hidden tokens in their order, (B, N - V, P), and the mask.
         """
         patches = patchify(x, self.size)                        # (B, N, P)
         batch, tokens = patches.shape[:2]
@@ -307,7 +306,11 @@ class MaskedAutoencoder(nn.Module):
             hidden = random_mask(batch, tokens, ratio, x.device)
             count = masked_tokens(tokens, ratio)
         else:
-            count = hidden_count(hidden, batch, tokens)
+            count = int(hidden[0].sum())    # a GPU's host waits here, for a given mask only
+            fits = hidden.dtype == torch.bool and hidden.shape == (batch, tokens)
+            if not fits or not 0 < count < tokens or (hidden.sum(1) != count).any():
+                raise ValueError("expected a mask of bool (B, N) that hides as many tokens in each "
+                                 f"sample, and not all, got {hidden.dtype} {tuple(hidden.shape)}")
         # Visible tokens first, then hidden ones, each in token order.
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)  # (B, N)
         seen = order[:, :-count]                                # (B, V)
@@ -323,21 +326,10 @@ class MaskedAutoencoder(nn.Module):
         z = self.decoder["norm"](z[:, -count:])                 # (B, N - V, decoder width)
         pred = self.decoder["head"](z)                          # (B, N - V, P)
         target, _, _ = normalised_target(patches[sample, unseen])
-        # Eq. (2): L = sum((1 - M) * (X^ - X)^2) / sum(M), a mean over the hidden tokens and their
-        # values. As printed it divides by sum(M), with M of Eq. (1) the number of visible tokens;
-        # here, as released, by that of hidden ones.
+        # Eq. (2): L = sum((1 - M) * (X^ - X)^2) / sum(M), where sum(M) counts the visible tokens.
+        # Here, as released, it is the mean over the hidden tokens and their values instead.
         loss = F.mse_loss(at_least_fp32(pred), target)
         return loss, pred, hidden
-
-
-def hidden_count(hidden: Tensor, batch: int, tokens: int) -> int:
-    """How many tokens a given mask hides in each sample. ValueError if it does not fit."""
-    fits = hidden.shape == (batch, tokens) and hidden.dtype == torch.bool
-    count = int(hidden[0].sum())        # a GPU's host waits here, for a given mask only
-    if not fits or not 0 < count < tokens or (hidden.sum(1) != count).any():
-        raise ValueError("expected a mask of bool (B, N) that hides as many tokens in each "
-                         f"sample, and not all, got {hidden.dtype} {tuple(hidden.shape)}")
-    return count
 
 
 def normalised_target(patches: Tensor):
@@ -351,8 +343,8 @@ def normalised_target(patches: Tensor):
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # Wanted is (pixel - mean) / sqrt(variance + 1e-6) of pixels in [0, 1]. `values` are
-    # pixels / std + constant: no difference, if the 1e-6 is divided by std^2, as their variance is.
+    # As released, 1e-6 is added to the variance of pixels in [0, 1]. `values` are such pixels
+    # divided by std, so that their variance is divided by std^2, and the 1e-6 as well.
     std = channel_values(IMAGE_STD, values.device)
     deviation = (variance + 1e-6 / std.square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
@@ -362,8 +354,8 @@ def normalised_target(patches: Tensor):
 
 class NoisyTopKGate(nn.Module):
     """Which k of n experts see a token, with what weight. sigma: deviation of the noise in
-    training. The paper gives none; None: computed from the token for each expert, as released and
-    as in Shazeer et al. 2017."""
+    training, for which the paper gives no number. Without one, a second linear layer computes it
+    for each token and expert, as released and as in Shazeer et al. 2017."""
 
     def __init__(self, width, experts, k, sigma=None):
         super().__init__()
@@ -374,7 +366,7 @@ class NoisyTopKGate(nn.Module):
 
     def forward(self, x):
         """(..., d) -> weights of the chosen experts, which sum to 1, and their numbers, (..., k)"""
-        # Eq. (4), the dense gate: G(x) = Softmax(x W_g). Below, only k scores go into a softmax.
+        # Eq. (4): G(x) = Softmax(x W_g). Here are the scores x W_g, below the softmax of k.
         logits = at_least_fp32(self.topkroute_linear(x))        # (..., n)
         if self.training:
             sigma = self.sigma
@@ -400,20 +392,20 @@ class MoAE(nn.Module):
 
     def forward(self, x):
         weights, chosen = self.router(x)                        # Eqs. (4) to (6), (B, N, k) each
-        # What follows computes, for each token, `sum(G[i] * adapter[i](x) for i in range(n))`.
+        # What follows computes, per token, `sum(G[i] * (x + experts[i](x)) for i in range(n))`.
         # Adapters are small: all are computed side by side, and those not chosen multiplied by 0.
         w1 = torch.cat([expert.fc1.weight for expert in self.experts])      # (n r, d)
         b1 = torch.cat([expert.fc1.bias for expert in self.experts])        # (n r)
         w2 = torch.cat([expert.fc2.weight for expert in self.experts], 1)   # (d, n r)
         b2 = torch.stack([expert.fc2.bias for expert in self.experts])      # (n, d)
-        # Eq. (8): Adapter(x) = x + W_2 GELU(W_1 x + b_1) + b_2. Here are the n GELUs.
+        # Eq. (8): Adapter_i(x) = x + W_2i GELU(W_1i x + b_1i) + b_2i. Here are all n GELUs.
         gelu = F.gelu(F.linear(x, w1, b1))                      # (B, N, n r)
         gelu = gelu.unflatten(-1, (len(b2), -1))                # (B, N, n, r)
         gates = torch.zeros_like(gelu[..., 0])                  # G(x), (B, N, n)
         gates = gates.scatter(-1, chosen, weights.to(gelu.dtype))
-        # Eq. (7): MoE(x) = sum_i G(x)_i E_i(x), and Eq. (9) with E_i = Adapter_i, a sum for each
-        # term of an adapter: sum_i W_2i (G_i gelu_i), as one product, + sum_i G_i b_2i
-        # + sum_i G_i x, which is x, as the G_i sum to 1.
+        # Eq. (7): MoE(x) = sum_i G_i E_i(x). In Eq. (9) the experts E_i are the adapters, so it is
+        #     sum_i G_i x + sum_i W_2i (G_i GELU_i) + sum_i G_i b_2i.
+        # The first sum is x, as the G_i sum to 1. The second is a single matrix product.
         gated = (gates[..., None] * gelu).flatten(-2)           # (B, N, n r)
         out = F.linear(gated, w2) + gates @ b2                  # (B, N, d)
         return x + out if self.residual else out
@@ -436,21 +428,21 @@ class S4D(ViT):
             adapter_width = width // 4  # r = d / 4, Section III-D
         if moae_layers is None:
             moae_layers = range(depth - depth // 2, depth)
+        moae_layers = sorted(set(moae_layers))
         if not 1 <= k <= experts:
             raise UserError(f"k = {k}: expected 1 to {experts}, the number of experts")
         if not set(moae_layers) <= set(range(depth)):
             raise UserError(f"moae_layers = {moae_layers}: size {size} has layers 0 to {depth - 1}")
-        # A checkpoint keeps this, and the model is rebuilt from it.
-        architecture = dict(
-            size=size, image_classes=list(image_classes), video_classes=list(video_classes),
-            experts=experts, k=k, adapter_width=adapter_width, moae_layers=sorted(set(moae_layers)),
-            sigma=sigma, residual=residual, expert=expert)
         mixture, inner = {"adapter": (MoAE, adapter_width), "ffn": (ViTMoE, 4 * width)}[expert]
         mixtures = {}
-        for i in architecture["moae_layers"]:
+        for i in moae_layers:
             mixtures[i] = mixture(width, inner, experts, k, sigma, residual)
         super().__init__(SIZES[size], mixtures)
-        self.architecture = architecture
+        # A checkpoint keeps this, and the model is rebuilt from it.
+        self.architecture = dict(
+            size=size, image_classes=list(image_classes), video_classes=list(video_classes),
+            experts=experts, k=k, adapter_width=adapter_width, moae_layers=moae_layers,
+            sigma=sigma, residual=residual, expert=expert)
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.ModuleDict()
         if image_classes:
@@ -472,10 +464,8 @@ class S4D(ViT):
     def forward(self, x):
         """Logits of the batch's own head: (B, 3, H, W) -> (B, image classes),
         (B, 3, T, H, W) -> (B, video classes)"""
-        name = modality(x)
-        if name not in self.head:
-            raise ValueError(f"this model has no head for a batch of {name}s")
-        return self.head[name](self.features(x))
+        head = self.head[modality(x)]
+        return head(self.features(x))
 
 
 # ==============================================================================================
@@ -501,18 +491,18 @@ class ViTMoE(MoAE):
 MODULES = {"pretrain": MaskedAutoencoder, "finetune": S4D}      # by the stage in a checkpoint
 EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
 RELEASED_NAMES = ("patch_embed.", "blocks.", "norm.", "fc_norm.", "head.image.", "head.video.",
-                  "encoder.", "encoder_to_decoder.", "mask_token", "decoder.")
+                  "encoder.patch_embed.", "encoder.blocks.", "encoder.norm.",
+                  "encoder_to_decoder.", "mask_token", "decoder.")
 
 
 @contextmanager
 def whole_file(path, mode: str = "wb", **options):
     """A file that takes its name when all of it is on the disk. options: of `open`. UserError if it
     cannot be written."""
-    # A device, or a link to a folder, would make way for a file.
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} cannot be written: it is a directory, a device or a pipe")
     part = Path(f"{path}.part")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):   # it would make way for a file
+            raise OSError("it is a directory, a device or a pipe")
         with open(part, mode, **options) as file:
             yield file
             file.flush()
@@ -532,17 +522,16 @@ def read_checkpoint(path) -> dict:
     runs. Weights alone, as S4D, VideoMAE and MAE-DFER are released, are described as a checkpoint
     of ours. UserError for all else."""
     try:
+        if zipfile.is_zipfile(path):    # torch does not compare its checksums
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"the checksum of its part {damaged} is wrong")
         with open(path, "rb") as file:  # of a path, torch would read safetensors, without settings
-            if zipfile.is_zipfile(file):        # torch does not compare its checksums
-                damaged = zipfile.ZipFile(file).testzip()
-                if damaged:
-                    raise zipfile.BadZipFile(f"the checksum of its part {damaged} is wrong")
-            file.seek(0)
             contents = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint = contents if "model" in contents else {"model": contents}
         for name, value in checkpoint["model"].items():
-            if not torch.is_tensor(value) or not value.is_floating_point():
-                raise TypeError(f"{name} is no tensor of floating point")
+            if not value.is_floating_point():
+                raise TypeError(f"{name} is {value.dtype}, not floating point")
         if "stage" not in checkpoint:
             return released(checkpoint["model"])
         if checkpoint["stage"] not in list(MODULES):
@@ -550,8 +539,6 @@ def read_checkpoint(path) -> dict:
         return checkpoint
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is damaged: {error}") from error
     except Exception as error:          # odd contents lead to errors of every kind
         reason = repr(error)
         if isinstance(error, pickle.UnpicklingError):   # its text advises to run the file's code
@@ -561,21 +548,20 @@ def read_checkpoint(path) -> dict:
 
 
 def released(state: dict) -> dict:
-    """Describe bare weights as a checkpoint of ours, whose names they have up to prefixes. The
-    released classifiers have the paper's experts, without the residual of Eq. (8). ValueError for
-    weights of another model."""
-    prefixes = r"^((module|_orig_mod|backbone)\.)+"
-    state = {re.sub(prefixes, "", name): value for name, value in state.items()}
-    has_decoder = any(name.startswith("decoder.") for name in state)
-    if not has_decoder:
-        state = {name.removeprefix("encoder."): value for name, value in state.items()}
-    size = size_of(state)
+    """Describe bare weights as a checkpoint of ours, whose names they have. The released
+    classifiers have the paper's experts, without the residual of Eq. (8). ValueError for weights of
+    another model."""
+    sizes = {size.width: name for name, size in SIZES.items()}
+    size = None
+    for name, value in state.items():
+        if name.endswith("patch_embed.proj.weight"):
+            size = sizes.get(len(value))
     others = [name for name in state if not name.startswith(RELEASED_NAMES)]
     if size is None or others:
         raise ValueError(f"its weights are not S4D's: {', '.join(others[:3]) or 'another width'}")
     image_classes = unnamed(len(state.get("head.image.weight", [])))
     video_classes = unnamed(len(state.get("head.video.weight", [])))
-    if has_decoder or not image_classes + video_classes:
+    if not image_classes + video_classes:
         return dict(stage="pretrain", architecture={"size": size}, model=state)
     layers = {int(name.split(".")[1]) for name in state if ".moe_layer." in name}
     architecture = dict(size=size, image_classes=image_classes, video_classes=video_classes,
@@ -583,12 +569,14 @@ def released(state: dict) -> dict:
     return dict(stage="finetune", architecture=architecture, model=state)
 
 
-def size_of(state: dict) -> str | None:
-    """The size whose token width the patch embedding has, if there is one."""
-    sizes = {size.width: name for name, size in SIZES.items()}
-    for name, value in state.items():
-        if name.endswith("patch_embed.proj.weight"):
-            return sizes.get(len(value))
+def unnamed(count: int) -> list[str]:
+    """Stand-ins for the names of a head's classes, where its file tells only how many there are."""
+    return [f"class {i}" for i in range(count)]
+
+
+def has_names(classes: list[str]) -> bool:
+    """Whether a head's classes are named; the released files do not name theirs."""
+    return list(classes) != unnamed(len(classes))
 
 
 def load_checkpoint(path) -> MaskedAutoencoder | S4D:
@@ -606,144 +594,93 @@ def rebuild(checkpoint: dict, path) -> MaskedAutoencoder | S4D:
     return module
 
 
-def load_weights(module: nn.Module, state: dict, path, new=(), dropped=()) -> str:
-    """Copy weights into a module; returns a line each on what was loaded, made new and dropped.
-
-    Only names that contain one of `new` may be missing from the file, and only names that start
-    with one of `dropped` may be left over. UserError, with nothing loaded, if other names or any
-    shape differ or a weight is not finite.
-    """
-    size = size_of(state)
-    if size not in (None, module.architecture["size"]):
-        raise UserError(f"{path} does not fit this model: this file is size {size}: --size {size}")
-    own = module.state_dict()
-    common = own.keys() & state.keys()
-    missing = own.keys() - state.keys()
-    extra = state.keys() - own.keys()
-    wrong = []
-    for name in missing:
-        if not any(part in name for part in new):
-            wrong.append(f"{name} is missing")
-    for name in extra:
-        if not name.startswith(dropped):
-            wrong.append(f"{name} is not expected")
-    for name in common:
-        shape, wanted = tuple(state[name].shape), tuple(own[name].shape)
-        if shape != wanted:
-            wrong.append(f"{name} is {shape} in the file, {wanted} in the model")
-        elif not state[name].isfinite().all():
-            wrong.append(f"{name} is not finite")
-    if wrong:
-        named = "; ".join(sorted(wrong)[:5])
-        raise UserError(f"{path} does not fit this model: {named} ({len(wrong)} in all)")
-    module.load_state_dict({name: state[name] for name in common}, strict=False)
-    return (f"loaded: {len(common)} tensors of {path}\n"
-            f"made new: {parts(missing)}\ndropped: {parts(extra)}")
-
-
-def parts(names: set[str]) -> str:
-    """A short list of the parts of a model that parameters belong to."""
-    short = {re.sub(r"^blocks\.\d+\.(\w+).*", r"blocks.*.\1", name) for name in names}
-    short = {name if "*" in name else name.split(".")[0] for name in short}
-    return ", ".join(sorted(short)) or "nothing"
+def load_weights(module: nn.Module, state: dict, path) -> None:
+    """Copy weights into a module. UserError if a name is missing or not expected, a shape differs
+    or a weight is not finite."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:       # names all that differ, in many lines
+        raise UserError(f"{path} does not fit this model: {shorten(str(error), 500)}") from error
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path} does not fit this model: {name} is not finite")
 
 
 def initialise(model: S4D, checkpoint: dict, path) -> str:
-    """Initialise stage 2 from a checkpoint that has been read (Section III-C); returns what
-    load_weights says, and which heads are new.
+    """Initialise stage 2 from a checkpoint that has been read (Section III-C); returns a line each
+    on what was loaded, made new and dropped, and on heads of other classes.
 
     From stage 1, the experts, the norm of the final representation and the heads are new, and the
     decoder and stage 1's last norm are dropped; ViT-MoE's experts start as copies of the trained
-    FFN that they replace. From stage 2, whose experts must have the model's settings, all is taken
-    but heads of other classes, or of none that are named.
+    FFN that they replace. From stage 2, whose experts the model must have, all is taken but heads
+    of other classes, or of the same ones in another order.
     """
-    ours = model.architecture
-    if checkpoint["stage"] == "finetune":
-        source = rebuild(checkpoint, path)
-        theirs = source.architecture
-        for name in EXPERT_SETTINGS:    # names and shapes do not tell them all
-            if theirs[name] != ours[name]:
-                raise UserError(f"{path} was trained with {name} = {theirs[name]}, and not with "
-                                f"{ours[name]}")
-        state = source.state_dict()
-        notes = match_heads(state, theirs, ours)
-        return load_weights(model, state, path, new=("head.",), dropped=("head.",)) + notes
-
+    theirs, ours = checkpoint["architecture"], model.architecture
+    size = theirs["size"]
+    if size != ours["size"]:
+        raise UserError(f"{path} does not fit this model: this file is size {size}: --size {size}")
     state = {name.removeprefix("encoder."): value for name, value in checkpoint["model"].items()}
-    new = ["moe_layer.", "fc_norm.", "head."]
-    if ours["expert"] == "ffn":
-        new[0] = "moe_layer.router."
-        for i in ours["moae_layers"]:
-            for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
-                weight = state.pop(f"blocks.{i}.mlp.{part}", None)
-                if weight is not None:
-                    for j in range(ours["experts"]):
-                        state[f"blocks.{i}.moe_layer.experts.{j}.{part}"] = weight
-    return load_weights(model, state, path, new,
-                        dropped=("norm.", "decoder.", "encoder_to_decoder.", "mask_token"))
-
-
-def match_heads(state: dict, theirs: dict, ours: dict) -> str:
-    """Bring the heads in `state` into our order of classes, by name, and take those out whose
-    classes are not ours. theirs, ours: architectures. Returns a line on each that was taken out."""
     notes = ""
-    for m in ("image", "video"):
-        # An accented letter can be one code point or two, which NFC makes one.
-        names = [normalize("NFC", name) for name in theirs[f"{m}_classes"]]
-        wanted = [normalize("NFC", name) for name in ours[f"{m}_classes"]]
-        weight, bias = f"head.{m}.weight", f"head.{m}.bias"
-        if has_names(names) and sorted(names) == sorted(wanted):
-            rows = [names.index(name) for name in wanted]
-            state[weight] = state[weight][rows]
-            state[bias] = state[bias][rows]
-        elif names and wanted:
-            del state[weight], state[bias]
-            classes = ", ".join(names) if has_names(names) else "not named"
-            notes += f"\nthe head of {m}s is new: the file's classes are {classes}"
-    return notes
+    if checkpoint["stage"] == "finetune":
+        may_be_new, not_ours = ["head."], []
+        for m in ("image", "video"):
+            classes = theirs[f"{m}_classes"]
+            if classes and classes != ours[f"{m}_classes"]:
+                not_ours.append(f"head.{m}.")
+                notes += f"\nthe head of {m}s is dropped: its classes are {', '.join(classes)}"
+    else:
+        may_be_new = ["moe_layer.", "fc_norm.", "head."]
+        not_ours = ["norm.", "decoder.", "encoder_to_decoder.", "mask_token"]
+        if ours["expert"] == "ffn":
+            may_be_new[0] = "moe_layer.router."
+            layers = [f"blocks.{i}" for i in ours["moae_layers"]]
+            for name in list(state):
+                layer, _, part = name.partition(".mlp.")
+                if layer in layers:
+                    weight = state.pop(name)
+                    for j in range(ours["experts"]):
+                        state[f"{layer}.moe_layer.experts.{j}.{part}"] = weight
+
+    dropped = [name for name in state if name.startswith(tuple(not_ours))]
+    for name in dropped:
+        del state[name]
+    new = []
+    for name, value in model.state_dict().items():
+        if name not in state and any(part in name for part in may_be_new):
+            state[name] = value
+            new.append(name)
+    load_weights(model, state, path)
+    return (f"loaded: {len(state) - len(new)} tensors of {path}\n"
+            f"made new: {parts(new)}\ndropped: {parts(dropped)}{notes}")
 
 
-def unnamed(count: int) -> list[str]:
-    """Stand-ins for the names of a head's classes, where its file tells only how many there are."""
-    return [f"class {i}" for i in range(count)]
+def parts(names: list[str]) -> str:
+    """The parts of a model, or of its layers, that parameters belong to."""
+    found = {re.sub(r"^blocks\.\d+\.", "", name).split(".")[0] for name in names}
+    return ", ".join(sorted(found)) or "nothing"
 
 
-def has_names(classes: list[str]) -> bool:
-    """Whether a head's classes are named; the released files do not name theirs."""
-    return list(classes) != unnamed(len(classes))
+# -------------------------------------------------------------- Tables IV and V: python model.py
 
-
-# --------------------------------------------------- Tables IV and V, as far as the model tells
-
-TABLE_5 = (                             # row, the paper's millions in test / training, settings
-    ("ViT", "86 / 86", dict(image_classes=[], moae_layers=[])),
-    ("ViT-MTL", "86 / 86", dict(moae_layers=[])),
-    ("S4D", "90 / 101", dict()),
-    ("ViT-MoE", "115 / 285", dict(expert="ffn")))
-TABLE_4 = (                             # row, cost, samples in an epoch (Table I) and mask ratios
-    ("image only", 8.8e4, {"image": (287_568, 0.75)}),
-    ("video only", 1.8e6, {"video": (1_092_009, 0.90)}),
-    ("dual-modal", 1.4e6, {"image": (287_568, 0.90), "video": (1_092_009, 0.95)}))
-
-
-def multiply_accumulates(model, name: str, ratio: float) -> tuple:
-    """10^9 multiply-accumulates of stage 1's forward pass of one "image" or "video": with all
-    patches embedded, as the released code does, and with the visible ones only."""
-    shape = (1, 3, 160, 160) if name == "image" else (1, 3, 16, 160, 160)
+def multiply_accumulates(model: MaskedAutoencoder, shape: tuple, ratio: float) -> float:
+    """Count stage 1's forward pass of one sample, as if hidden patches were embedded too, which
+    they are in the released code."""
     counter = FlopCounterMode(display=False)
-    # Older versions of the counter do not know the fused attention of a CPU.
+    # The counter does not know the fused attention of a CPU.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         _, _, hidden = model(torch.zeros(shape), mask_ratio=ratio)
-    visible = counter.get_total_flops() / 2     # a multiply-accumulate is two operations
     embedding = hidden.sum().item() * model.encoder.patch_embed.proj.weight.numel()
-    return (visible + embedding) / 1e9, visible / 1e9
+    return counter.get_total_flops() / 2 + embedding    # a multiply-accumulate is two operations
 
 
 def main() -> None:
-    """Print Table V's parameters and Table IV's cost, recounted on this model."""
-    print("Table V, parameters in millions, test / train     paper        recounted")
+    print("Table V, 10^6 parameters in test / training          paper  recounted")
     heads = dict(image_classes=unnamed(7), video_classes=unnamed(7))
-    for row, paper, changes in TABLE_5:
+    for row, paper, changes in (
+            ("ViT", "86 / 86", dict(image_classes=[], moae_layers=[])),
+            ("ViT-MTL", "86 / 86", dict(moae_layers=[])),
+            ("S4D", "90 / 101", dict()),
+            ("ViT-MoE", "115 / 285", dict(expert="ffn"))):
         with torch.device("meta"):
             model = S4D("base", **(heads | changes))
         trained, used = 0, 0
@@ -751,20 +688,18 @@ def main() -> None:
             millions = weight.numel() / 1e6
             trained += millions
             used += millions / 4 if ".experts." in name else millions   # two of eight a token
-        print(f"{row:50}{paper:13}{used:.2f} / {trained:.2f}")
-    print("\nTable IV, cost of 100 epochs in 10^12 multiply-accumulates of the forward pass "
-          '(the paper\'s "TFLOPs")')
-    print("            masked at                 paper  all patches embedded  "
-          "visible ones only (ours)")
-    model = MaskedAutoencoder("base")
-    for row, paper, epoch in TABLE_4:
-        masked, embedded, visible = [], 0, 0
-        for name, (samples, ratio) in epoch.items():
-            costs = multiply_accumulates(model, name, ratio)
-            embedded += costs[0] * samples / 10     # 10^9 in each of 100 epochs
-            visible += costs[1] * samples / 10
-            masked.append(f"{name} {ratio:.0%}")
-        print(f"{row:12}{', '.join(masked):22}{paper:9.1e}{embedded:22.2e}{visible:26.2e}")
+        print(f"{row:47}{paper:>11}  {used:.2f} / {trained:.2f}")
+
+    print("Table IV, 10^12 multiply-accumulates of 100 epochs, forward")
+    model, image, clip = MaskedAutoencoder("base"), (1, 3, 160, 160), (1, 3, 16, 160, 160)
+    for row, paper, epoch in (          # epoch: samples (Table I), their shape, masked share
+            ("images, 75 % masked", "8.8e4", [(287_568, image, 0.75)]),
+            ("videos, 90 % masked", "1.8e6", [(1_092_009, clip, 0.90)]),
+            ("both, 90 and 95 %", "1.4e6", [(287_568, image, 0.90), (1_092_009, clip, 0.95)])):
+        cost = 0
+        for samples, shape, ratio in epoch:
+            cost += 100 * samples * multiply_accumulates(model, shape, ratio)
+        print(f"{row:47}{paper:>11}  {cost / 1e12:.2e}")
 
 
 if __name__ == "__main__":

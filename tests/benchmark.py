@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402  (needs the path above)
-from evaluate import grid, markdown, observe, stand_alone  # noqa: E402
+from evaluate import grid, markdown, observe  # noqa: E402
 from faces import write_faces  # noqa: E402
 from finetune import JointLoss  # noqa: E402
 from model import MASK_RATIO, S4D, SIZES, MaskedAutoencoder, MoAE, modality, random_mask  # noqa: E402
@@ -251,7 +251,7 @@ def benchmark_steps(rounds: int, picture: Path | None) -> None:
     print("\n" + markdown(spent[0], spent[1:]))
     if picture:
         most = max(max(row[1:]) for row in spent[1:])
-        picture.write_text(stand_alone(grid(spent, high=most)), encoding="utf-8")
+        picture.write_text(grid(spent, high=most), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- experts

@@ -28,8 +28,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import (CATALOGUE, Samples, Schedule, Source, TrainingData, boxed, catalogue, dataset_name,  # noqa: E402
-                  find_samples, hold_out, load_samples, loader, overlap, read_clip, read_image, resampled,
-                  shortened, test_frames)
+                  hold_out, load_samples, loader, open_clip, overlap, read_clip, read_image, resampled, shortened,
+                  test_frames)
 from model import MASK_RATIO, SIZES, UserError, random_mask, whole_file  # noqa: E402
 from pretrain import TINY, box, guarded, number  # noqa: E402
 
@@ -83,12 +83,7 @@ class Inspection(torch.utils.data.Dataset):
         self.samples = samples
 
     def __getitem__(self, index: int):
-        samples, path, counts, sizes = self.samples, self.samples.path(index), [], []
-
-        def which_frames(n: int, rate: float | None) -> list[int]:
-            counts.append(n)
-            choose = partial(test_frames, frames=SIZES["base"].frames, stride=samples.stride)
-            return resampled(choose, n, rate, samples.rate or rate)
+        samples, path, sizes, n = self.samples, self.samples.path(index), [], 1
 
         def measured(frame: torch.Tensor) -> torch.Tensor:
             sizes.append(tuple(frame.shape[1:]))
@@ -98,11 +93,15 @@ class Inspection(torch.utils.data.Dataset):
 
         try:
             if samples.modality == "image":
-                counts.append(1)
                 measured(read_image(path))
             else:
-                read_clip(path, which_frames, measured)
-            return index, counts[0], *sizes[0], len(set(sizes)), ""
+                clip = open_clip(path)
+                if clip is None:
+                    raise UserError(f"{path} is a picture: expected a clip")
+                n = clip.n
+                choose = partial(test_frames, frames=SIZES["base"].frames, stride=samples.stride)
+                read_clip(clip, resampled(choose, n, clip.rate, samples.rate), measured)
+            return index, n, *sizes[0], len(set(sizes)), ""
         except UserError as error:
             return index, 0, 0, 0, 0, str(error)
 
@@ -178,27 +177,23 @@ def check_sizes(samples: Samples, table: np.ndarray) -> list[str]:
 
 def check(name: str, data_root: Path, fold: int | None = None, stride: int | None = None, box=None) -> list[str]:
     """Read every sample of a data set once, print what it holds, and return what is wrong. Without a fold: all."""
-    dataset, wrong, there = catalogue(name), [], {}
+    dataset, wrong = catalogue(name), []
     folds = range(1, dataset.folds + 1) if fold is None else [fold]
     has_test = dataset.classes if name in CATALOGUE else len(dataset.lists) == 2
-    found = {(f, split): find_samples(name, data_root, split, f, stride)
+    found = {(f, split): load_samples(name, data_root, split, f, stride)
              for f in folds for split in (["train", "test"] if has_test else ["train"])}
-    for samples, present in found.values():
-        there.update((os.fsencode(samples.path(i)), present[i]) for i in range(len(samples)))
-    one = found[folds[0], "train"][0]
-    everything = replace(one, root=Path(), names=np.array([path for path in there if there[path]]), box=box)
+    paths = {os.fsencode(samples.path(i)): None for samples in found.values() for i in range(len(samples))}
+    one = found[folds[0], "train"]
+    everything = replace(one, root=Path(), names=np.array(list(paths)), box=box or one.box)
     table, errors = inspect(everything)
     mixed = everything.names[table[:, 3] > 1]
     if len(mixed):
         print(f"clips whose frames have different sizes, which are resized like all: {shortened(mixed)}")
     stride_of = f", stride {one.stride}" if dataset.modality == "video" else ""
-    print(f"{name}: {len(there):,} {dataset.modality}s in {one.root}{stride_of}")
+    print(f"{name}: {len(paths):,} {dataset.modality}s in {one.root}{stride_of}")
     for f in folds:
         title = f"fold {f}, " if dataset.folds > 1 else ""
-        wrong += check_lists({split: samples for (of, split), (samples, _) in found.items() if of == f}, title)
-    missing = [path for path in there if not there[path]]
-    if missing:
-        wrong.append(f"missing: {shortened(missing)}")
+        wrong += check_lists({split: samples for (of, split), samples in found.items() if of == f}, title)
     if errors:
         wrong.append(f"unreadable: {shortened(errors)}")
     return wrong + check_sizes(one, table)
@@ -210,7 +205,8 @@ def show(args) -> torch.Tensor:
     """A sheet uint8 (3, H, W) of one batch as training gets it: 8 clips as rows of frames, or images, a row for each
     class; prints what the rows are. With --mask as stage 1 gets it, with the hidden patches grey; without classes as
     stage 1 gets it in any case."""
-    samples = replace(load_samples(args.dataset, args.data_root, "train", args.fold or 1, args.stride), box=args.crop)
+    samples = load_samples(args.dataset, args.data_root, "train", args.fold or 1, args.stride)
+    samples.box = args.crop or samples.box
     drawn = args.dataset.startswith("synthetic")
     size = args.size or ("tiny" if drawn else "base")
     strength = args.augment or ("light" if size == "tiny" else "paper")

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import (MODULES, RELEASED_NAMES, S4D, UserError, initialise,  # noqa: E402
-                   read_checkpoint, rebuild, released, sincos_table, size_of, whole_file)
+                   read_checkpoint, rebuild, released, sincos_table, whole_file)
 from pretrain import guarded  # noqa: E402
 
 EMBEDDINGS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
@@ -225,7 +225,7 @@ def convert(source: Path, target: Path, key: str = "", trust: bool = False) -> N
         module = rebuild(checkpoint, source)
         checkpoint = checkpoint | dict(model=module.state_dict(), architecture=module.architecture)
     else:                               # does the encoder fit, which is all that may be there
-        initialise(S4D(size_of(checkpoint["model"]) or "base"), checkpoint, source)
+        initialise(S4D(checkpoint["architecture"]["size"]), checkpoint, source)
     write(checkpoint, target)
     print(f"{target}: {len(checkpoint['model'])} tensors of stage {checkpoint['stage']}, size "
           f"{checkpoint['architecture']['size']}")

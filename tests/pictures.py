@@ -4,9 +4,7 @@
 
 Photographs and frames are PNG, charts and drawings SVG.
 """
-import base64
 import html
-import io
 import json
 import math
 import sys
@@ -20,7 +18,7 @@ import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 from data import TestData, load_samples, to_float  # noqa: E402
-from evaluate import grid, reconstruct, stand_alone  # noqa: E402
+from evaluate import grid, picture, reconstruct  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from pretrain import TINY, start  # noqa: E402
 
@@ -55,15 +53,6 @@ def path(*points: tuple[float, float], colour: str = BLUE, arrow: bool = True) -
 
 def plus(x: float, y: float) -> str:
     return f'<circle cx="{x:g}" cy="{y:g}" r="15" fill="{PALE}" stroke="{BLUE}"/>' + text(x, y, "+")
-
-
-def photograph(x: float, y: float, width: float, pixels: torch.Tensor) -> str:
-    """uint8 (3, h, w), pixel by pixel."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return (f'<image x="{x:g}" y="{y:g}" width="{width:g}" height="{width:g}" style="image-rendering: pixelated" '
-            f'href="data:image/png;base64,{data}"/>')
 
 
 def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
@@ -110,9 +99,9 @@ def token_picture(face: torch.Tensor, patch: int, row: int, column: int, gates: 
     zoom = 144 / face.shape[-1]
     side = zoom * patch
     parts = [
-        photograph(8, middle - 72, 144, face),
+        picture(face, 8, middle - 72, 144),
         box(8 + side * column, middle - 72 + side * row, side, side, "", "none", "white", 'stroke-width="3"'),
-        text(8, middle + 92, f"one token: row {row}, column {column}", "start"),
+        text(8, middle + 92, f"one token: row {row + 1}, column {column + 1}", "start"),
         # Eq. (10)
         path((152, middle), (190, middle)), text(166, middle - 14, "x"),
         box(191, middle - 28, 70, 56), text(226, middle - 11, "LN"), text(226, middle + 11, "MHSA"),
@@ -209,7 +198,7 @@ def reconstruction() -> Image.Image:
     index = [int(np.flatnonzero(samples.labels == label)[0]) for label in range(len(samples.classes))]
     x = torch.cat([data[i][1] for i in index])                              # (7, 3, H, W)
     with torch.no_grad():
-        frames, _, _ = reconstruct(model, x, TINY["image_mask_ratio"], start("tiny"))
+        frames = reconstruct(model, x, TINY["image_mask_ratio"], start("tiny"))
     labels = ("original", "visible", "reconstructed")
     return sheet({label: part[:, 0] for label, part in zip(labels, frames)}, zoom=2)
 
@@ -237,8 +226,7 @@ def main() -> None:
         make().quantize(256).save(FOLDER / f"{make.__name__}.png", optimize=True)
     last = json.loads(Path(STAGE_2).with_name("log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     classes = load_samples("synthetic", "data", "test").classes
-    charts = {"confusion": stand_alone(confusion(last["test"]["video"], classes)),
-              "experts": stand_alone(experts(last["gates"])), "token": token()}
+    charts = {"confusion": confusion(last["test"]["video"], classes), "experts": experts(last["gates"]), "token": token()}
     for name, chart in charts.items():
         (FOLDER / f"{name}.svg").write_text(chart, encoding="utf-8")
 

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import faces  # noqa: E402  (needs the path above)
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
-from data import Schedule, Source, TrainingData, load_samples, read_clip, read_image  # noqa: E402
+from data import Schedule, Source, TrainingData, load_samples, read_sample  # noqa: E402
 from evaluate import evaluate, markdown  # noqa: E402
 from model import MaskedAutoencoder  # noqa: E402
 from pictures import curves  # noqa: E402
@@ -78,10 +78,9 @@ class InMemory(TrainingData):
     memory: dict                            # what is decoded already, by path
 
     def read(self, samples, modality, index):
-        path, transform = samples.path(index), self.transform[modality]
+        path = samples.path(index)
         if path not in self.memory:
-            self.memory[path] = (transform(read_image(path)) if modality == "image" else
-                                 read_clip(path, lambda n, rate: list(range(n)), transform))
+            self.memory[path] = read_sample(samples, index, self.transform[modality], lambda n: list(range(n)))
         whole = self.memory[path]
         return whole if modality == "image" else whole[self.which_frames[modality](len(whole))]
 

@@ -1,9 +1,7 @@
-"""Checkpoints: what is refused and in which words, heads matched by names, released weights; then Tables IV and V."""
+"""Checkpoints: what is refused and in which words, heads of other classes, released weights; then Tables IV and V."""
 import argparse
 import math
 import os
-import re
-import unicodedata
 import zipfile
 
 import pytest
@@ -11,8 +9,8 @@ import torch
 from test_equations import batch, linear, random_weights, represent
 
 import model
-from model import (S4D, MaskedAutoencoder, UserError, has_names, initialise, load_checkpoint, load_weights,
-                   read_checkpoint, rebuild, unnamed, whole_file)
+from model import (S4D, MaskedAutoencoder, UserError, initialise, load_checkpoint, read_checkpoint, rebuild,
+                   unnamed, whole_file)
 
 CLASSES = ["calm", "glad", "sad"]
 
@@ -41,7 +39,7 @@ def test_stage_2_takes_the_encoder_and_says_what_is_new(stage1):
     said = initialise(s4d, read_checkpoint(stage1), stage1)
     assert torch.equal(s4d.blocks[3].mlp.fc1.weight, state["encoder.blocks.3.mlp.fc1.weight"])
     assert torch.equal(s4d.patch_embed.proj.weight, state["encoder.patch_embed.proj.weight"])
-    assert "made new: blocks.*.moe_layer, fc_norm, head\n" in said
+    assert "made new: fc_norm, head, moe_layer\n" in said
     assert said.endswith("dropped: decoder, encoder_to_decoder, mask_token, norm")
 
 
@@ -52,7 +50,7 @@ def test_vit_moe_starts_as_the_pretrained_ffn(stage1):
     assert all(torch.equal(expert.fc1.weight, ffn) for expert in vit_moe.blocks[3].moe_layer.experts)
     lost = read_checkpoint(stage1)
     del lost["model"]["encoder.blocks.3.mlp.fc1.weight"]
-    with pytest.raises(UserError, match=r"blocks.3.moe_layer.experts.0.fc1.weight is missing.*\(8 in all\)"):
+    with pytest.raises(UserError, match="Missing.*blocks.3.moe_layer.experts.0.fc1.weight.*experts.7.fc1.weight"):
         initialise(vit_moe, lost, stage1)
 
 
@@ -62,61 +60,41 @@ def test_weights_that_no_stage_makes_or_drops_are_errors(tmp_path):
     lost = {name: value for name, value in state.items() if name != "encoder.blocks.1.norm1.weight"}
     infinite = state["encoder.blocks.2.attn.q_bias"].clone()
     infinite[5] = math.nan
-    for broken, named in ((lost, "blocks.1.norm1.weight is missing"),
-                          (state | {"encoder.extra": torch.zeros(1)}, "extra is not expected"),
+    for broken, named in ((lost, "Missing.*blocks.1.norm1.weight"),
+                          (state | {"encoder.extra": torch.zeros(1)}, "Unexpected.*extra"),
                           (state | {"encoder.patch_embed.proj.weight": torch.zeros(128, 3, 4, 16, 16)}, "16, 16.*8, 8"),
-                          (state | {"encoder.patch_embed.proj.weight": torch.zeros(768, 3, 2, 16, 16)},
-                           "this file is size base: --size base"),
                           (state | {"encoder.blocks.2.attn.q_bias": infinite}, "blocks.2.attn.q_bias is not finite")):
         torch.save(described(module, model=broken), path)
         for use in (load_checkpoint, lambda path: initialise(S4D("tiny", CLASSES), read_checkpoint(path), path)):
             with pytest.raises(UserError, match=f"1.pt .*{named}"):
                 use(path)
+    with pytest.raises(UserError, match="1.pt .*this file is size base: --size base"):
+        initialise(S4D("tiny", CLASSES), described(module, architecture={"size": "base"}), "1.pt")
 
 
-def test_nothing_is_half_loaded():
-    s4d = S4D("tiny", CLASSES, CLASSES)
-    before = s4d.fc_norm.weight.clone()
-    for state in ({"fc_norm.weight": before + 1},
-                  s4d.state_dict() | {"fc_norm.weight": before + 1, "head.video.bias": torch.full((3,), math.inf)}):
-        with pytest.raises(UserError, match="partial.pt"):
-            load_weights(s4d, state, "partial.pt")
-        assert torch.equal(s4d.fc_norm.weight, before)
-
-
-# ----------------------------------------------------------------------------------------- heads are matched by names
+# ------------------------------------------------------------------------------ heads are kept with their classes only
 
 @pytest.mark.parametrize("theirs, ours, kept", [
-    (["sad", "calm", "glad"], CLASSES, True),
-    ([unicodedata.normalize("NFD", "gêné"), "ravi"], ["ravi", unicodedata.normalize("NFC", "gêné")], True),
-    (["calm", "glad", "cross"], CLASSES, False), (["calm", "glad"], CLASSES, False), (unnamed(3), CLASSES, False),
-    (unnamed(3), unnamed(3), False)])
-def test_a_head_is_kept_where_both_name_the_same_classes(theirs, ours, kept):
-    """In whatever order: each class has the same logit. A head without names is new."""
+    (CLASSES, CLASSES, True), (["sad", "calm", "glad"], CLASSES, False), (["calm", "glad", "cross"], CLASSES, False),
+    (["calm", "glad"], CLASSES, False), (unnamed(3), CLASSES, False)])
+def test_a_head_is_kept_where_both_name_the_same_classes_in_the_same_order(theirs, ours, kept):
     source, s4d = random_weights(S4D("tiny", CLASSES, theirs)).float(), S4D("tiny", CLASSES, ours)
     new_head, x = s4d.head["video"].weight.clone(), batch("video").float()
     said = initialise(s4d, described(source), "a.pt")
     assert torch.equal(s4d.eval().features(x), source.features(x))
     assert torch.equal(s4d.head["image"].weight, source.head["image"].weight)
     if kept:
-        same = [[unicodedata.normalize("NFC", name) for name in names].index for names in (theirs, ours)]
-        for name in [unicodedata.normalize("NFC", name) for name in ours]:
-            assert torch.equal(s4d(x)[:, same[1](name)], source(x)[:, same[0](name)])
-        assert "made new: nothing" in said
+        assert torch.equal(s4d(x), source(x))
+        assert said.endswith("made new: nothing\ndropped: nothing")
     else:
         assert torch.equal(s4d.head["video"].weight, new_head)
-        reason = "cross|calm, glad$" if has_names(theirs) else "not named"
         assert "made new: head\n" in said
-        assert re.search(f"the head of videos is new: the file's classes are .*({reason})", said)
+        assert said.endswith(f"the head of videos is dropped: its classes are {', '.join(theirs)}")
 
 
-def test_experts_of_other_settings_are_refused():
-    """Names and shapes do not tell all of them."""
-    for changes in (dict(residual=False), dict(k=1), dict(sigma=0.5), dict(moae_layers=[1])):
-        with pytest.raises(UserError, match=f"a.pt was trained with {next(iter(changes))} = "):
-            initialise(S4D("tiny", CLASSES), described(S4D("tiny", CLASSES, **changes)), "a.pt")
+def test_a_head_that_the_model_lacks_is_dropped():
     only = S4D("tiny", CLASSES)
-    assert initialise(only, described(S4D("tiny", CLASSES, CLASSES)), "a.pt").endswith("dropped: head")
+    assert "dropped: head\n" in initialise(only, described(S4D("tiny", CLASSES, CLASSES)), "a.pt")
 
 
 # --------------------------------------------------------------------------------------- files that are no checkpoint
@@ -139,6 +117,7 @@ def odd_files(folder, whole):
     for name, contents in dict(
             tensor=torch.zeros(3), number=3, list=[1], nothing={}, empty={"model": {}}, text={"model": "x"},
             name={"model": {1: torch.zeros(2)}}, texts={"model": {"a": "b"}},
+            prefix={"model": {f"module.{patches}": torch.zeros(128)}},
             integers={"model": {patches: torch.arange(128)}},
             complex={"model": {patches: torch.zeros(128, dtype=torch.complex64)}},
             scalar={"model": {patches: torch.tensor(1.0)}},
@@ -201,27 +180,23 @@ def test_what_cannot_be_written_is_said_by_name(tmp_path):
 # ---------------------------------------------------------------------------- bare weights of S4D, VideoMAE, MAE-DFER
 
 @pytest.mark.parametrize("below", ["model", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "backbone.", "encoder.", "_orig_mod.module."])
-def test_a_released_classifier_gives_the_released_models_logits(tmp_path, prefix, below):
+def test_a_released_classifier_gives_the_released_models_logits(tmp_path, below):
     """It has no adapter residual and learned noise, here with three image and four video classes."""
     source = random_weights(S4D("tiny", CLASSES, [*CLASSES, "cross"], residual=False)).float()
-    state = {prefix + name: value for name, value in source.state_dict().items()}
+    state = dict(source.state_dict())
     torch.save({below: state} if below else state, tmp_path / "s4d.pt")
     loaded = load_checkpoint(tmp_path / "s4d.pt").double().eval().requires_grad_(False)
     assert loaded.architecture == source.architecture | {"image_classes": unnamed(3), "video_classes": unnamed(4)}
-    if prefix or below is None:
-        return
     loaded.positions = source.double().positions
     for name, x in (("image", batch("image")[:1]), ("video", batch("video", frames=4)[:1])):
         expected = linear(loaded.head[name], represent(loaded, x[0], residual=False))
         torch.testing.assert_close(loaded(x)[0], expected, rtol=1e-5, atol=1e-5)  # fp32 position table
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 @pytest.mark.parametrize("part", ["all", "encoder"])
-def test_released_stage_1_files_start_stage_2(tmp_path, prefix, part):
+def test_released_stage_1_files_start_stage_2(tmp_path, part):
     source = MaskedAutoencoder("tiny")
-    state = {prefix + name: value for name, value in source.state_dict().items() if part in ("all", name.split(".")[0])}
+    state = {name: value for name, value in source.state_dict().items() if part in ("all", name.split(".")[0])}
     torch.save({"model": state, "epoch": 99}, tmp_path / "pre.pt")
     if part == "all":
         assert isinstance(load_checkpoint(tmp_path / "pre.pt"), MaskedAutoencoder)
@@ -235,9 +210,9 @@ def test_released_stage_1_files_start_stage_2(tmp_path, prefix, part):
 def test_multiply_accumulates_equal_a_count_by_hand():
     def layers(tokens, width, depth):       # projections 4 d^2 and FFN 8 d^2 a token, and attention 2 N d a token
         return depth * tokens * (12 * width ** 2 + 2 * tokens * width)
-    ours = (40 * 1536 * 768 + layers(40, 768, 12) + 40 * 768 * 384 + layers(800, 384, 4) + 760 * 384 * 1536) / 1e9
-    counted = model.multiply_accumulates(MaskedAutoencoder("base"), "video", 0.95)
-    assert counted == (pytest.approx(ours + 760 * 1536 * 768 / 1e9), pytest.approx(ours))
+    ours = (40 * 1536 * 768 + layers(40, 768, 12) + 40 * 768 * 384 + layers(800, 384, 4) + 760 * 384 * 1536)
+    counted = model.multiply_accumulates(MaskedAutoencoder("base"), (1, 3, 16, 160, 160), 0.95)
+    assert counted == pytest.approx(ours + 760 * 1536 * 768)    # which the released code embeds, and ours does not
 
 
 def test_tables_4_and_5_as_printed(capsys):
@@ -245,5 +220,5 @@ def test_tables_4_and_5_as_printed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-3:] for line in lines[1:5]] == [
         ["86.23", "/", "86.23"], ["86.24", "/", "86.24"], ["89.86", "/", "100.51"], ["114.65", "/", "284.65"]]
-    assert [line.split()[-3:] for line in lines[8:]] == [
-        ["8.8e+04", "8.75e+04", "8.50e+04"], ["1.8e+06", "1.74e+06", "1.65e+06"], ["1.4e+06", "1.41e+06", "1.31e+06"]]
+    assert [line.split()[-2:] for line in lines[6:]] == [
+        ["8.8e4", "8.75e+04"], ["1.8e6", "1.74e+06"], ["1.4e6", "1.41e+06"]]

@@ -136,7 +136,7 @@ def test_a_classifier_of_another_task_gives_its_encoder(tmp_path):
 
 def test_weights_that_ours_have_no_place_for_are_refused(tmp_path):
     state = {f"encoder.{name}": value for name, value in MaskedAutoencoder("tiny").encoder.state_dict().items()}
-    for more, said in (({"encoder.blocks.0.gamma_1": torch.ones(128)}, "gamma_1 is not expected"),
+    for more, said in (({"encoder.blocks.0.gamma_1": torch.ones(128)}, "Unexpected.*gamma_1"),
                        ({"cls_token": torch.zeros(1, 1, 128)}, r"no place for: model.cls_token \(1, 1, 128\)"),
                        ({"encoder.pos_embed": torch.randn(1, 144, 128)}, "no place for: model.encoder.pos_embed"),
                        ({"encoder.patch_embed.proj.weight": torch.zeros(1280, 3, 4, 8, 8)}, "another width"),

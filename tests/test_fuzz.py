@@ -6,12 +6,14 @@ import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import data
-from data import CATALOGUE, load_samples, read_clip, read_image
+from data import CATALOGUE, Samples, load_samples, read_image, read_sample
 from model import MaskedAutoencoder, UserError, rebuild, read_checkpoint
 from pretrain import write
 
@@ -52,7 +54,8 @@ def use_image(path: Path, folder: Path) -> None:
 
 
 def use_video(path: Path, folder: Path) -> None:
-    clip = read_clip(path, lambda n, rate: data.test_frames(n, 16, 2))
+    samples = Samples("", "video", (), folder, np.array([path.name.encode()]), np.array([-1]))
+    clip = read_sample(samples, 0, v2.Identity(), lambda n: data.test_frames(n, 16, 2))
     assert clip.dtype == torch.uint8 and clip.shape[:2] == (32, 3) and clip.numel()
 
 
