@@ -1,9 +1,10 @@
 """Files, sampling and batches: which samples there are, what training draws from them at random,
 and how mini-batches of one source each are interleaved.
 
-It reads from the method to the files: `train_frames` and its neighbours choose the frames of a
-clip, `augmentation` is what training does to them, `schedule_epoch` draws an epoch's steps. Below
-the line of '=' follows what can be skipped: loading processes, data sets, lists, readers.
+After `Samples`, a list of samples, it reads from the method to the files: `train_frames` and its
+neighbours choose the frames of a clip, `augmentation` is what training does to them,
+`schedule_epoch` draws an epoch's steps. Below the line of '=' follows what can be skipped: loading
+processes, data sets, lists, readers.
 
 B batch    T frames of a clip    H x W pixels    n samples, or frames of a video    v views of one
 """
@@ -257,9 +258,9 @@ def schedule_epoch(sources: dict[str, Source], seed: int, epoch: int) -> list[li
         micros = []
         for place, start in enumerate(range(0, len(index), size)):
             part = index[start:start + size]
-            seed_of_part = draw_seed(seed, epoch, step, place)
-            micros.append(MicroBatch(modality, epoch, step, place, part, len(part) / len(index),
-                                     False, seed_of_part))
+            micros.append(MicroBatch(
+                modality, epoch, step, place, part, weight=len(part) / len(index), is_last=False,
+                seed=draw_seed(seed, epoch, step, place)))
         steps.append(micros)
     return steps
 

@@ -111,7 +111,8 @@ def main() -> None:
 
     objective = JointLoss(model, args.mixing, args.label_smoothing)
     data = TrainingData(sources, "finetune", model.size, args.augment)
-    state = train(process, args, folder, model, objective, optimizer, rate, schedule, data, test_now)
+    state = train(process, args, folder, model, objective, optimizer, rate, schedule, data,
+                  test_now)
     if process.main:
         report(args.output, state, split, tested)
     checkpoint = args.output / ("best.pt" if validation else "last.pt")
@@ -220,8 +221,8 @@ def layer_of(name: str, depth: int) -> int:
 
 
 class JointLoss(nn.Module):
-    """Cross-entropy of a mini-batch of one source (Section III-C), a module as DDP, which joins
-    several processes, wraps no function."""
+    """Cross-entropy of a mini-batch of one source (Section III-C). A module, as DDP (several
+    processes) needs one."""
 
     def __init__(self, model: S4D, mixing: float = 0.0, label_smoothing: float = 0.0):
         super().__init__()

@@ -129,8 +129,7 @@ def optimisation(args, model: nn.Module, steps_per_epoch: int):
 
 
 class ReconstructionLoss(nn.Module):
-    """Masks of one modality's ratio and Eq. (2), a module as DDP, which joins several processes,
-    wraps no function."""
+    """Masks of one modality's ratio and Eq. (2). A module, as DDP (several processes) needs one."""
 
     def __init__(self, model: MaskedAutoencoder, ratios: dict[str, float]):
         super().__init__()
@@ -183,7 +182,8 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
                 (loss * process.world).backward()               # DDP averages over the processes
                 total += loss.detach()
 
-            # The step, if all is finite. Reading the numbers is the one wait for the device
+            # The norm is clipped by --clip-grad alone, and is equal in all processes. To read the
+            # numbers is the step's one wait for the device
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             numbers = [total, norm / process.world, total.new_full((), process.signal)]
             loss, norm, stop = process.sum(torch.stack(numbers)).tolist()
@@ -248,26 +248,6 @@ def end_epoch(process, args, folder, model, optimizer, state: dict, clock: dict,
     minutes_left = seconds * (args.epochs - epoch) / 60
     if process.main:
         print(f"{line}  {seconds:.0f} s, {minutes_left:.1f} min left", flush=True)
-
-
-def not_finite(loss: float, norm: float, epoch: int, step: int, source: Source, micro) -> UserError:
-    files = ", ".join(str(source.samples.path(i)) for i in micro.index)
-    return UserError(f"epoch {epoch + 1}, step {step}: the loss became {loss}, the norm of its "
-                     f"gradient {norm}: stopped before the weights change. The last "
-                     f"{micro.modality}s of this process: {files}")
-
-
-def leave_out(errors: list[str], samples: Samples, left_out: dict[str, str]) -> None:
-    """Name samples that cannot be read, once each. UserError if they are more than 1 % of all."""
-    m = samples.modality
-    for error in errors:
-        if error not in left_out:
-            tqdm.write(f"left out: {error}", file=sys.stderr)
-        left_out[error] = m
-        number = list(left_out.values()).count(m)
-        if number > 0.01 * len(samples):
-            raise UserError(f"{number} of {len(samples)} {m}s cannot be read, more than 1 %; "
-                            f"the last: {error}")
 
 
 @dataclass
@@ -399,6 +379,26 @@ def say_next(process, args, *command) -> None:
     words = map(str, [*command, "--data-root", args.data_root])
     if process.main:
         print(f"\nNext: {launcher} {shlex.join(words)}", flush=True)
+
+
+def not_finite(loss: float, norm: float, epoch: int, step: int, source: Source, micro) -> UserError:
+    files = ", ".join(str(source.samples.path(i)) for i in micro.index)
+    return UserError(f"epoch {epoch + 1}, step {step}: the loss became {loss}, the norm of its "
+                     f"gradient {norm}: stopped before the weights change. The last "
+                     f"{micro.modality}s of this process: {files}")
+
+
+def leave_out(errors: list[str], samples: Samples, left_out: dict[str, str]) -> None:
+    """Name samples that cannot be read, once each. UserError if they are more than 1 % of all."""
+    m = samples.modality
+    for error in errors:
+        if error not in left_out:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+        left_out[error] = m
+        number = list(left_out.values()).count(m)
+        if number > 0.01 * len(samples):
+            raise UserError(f"{number} of {len(samples)} {m}s cannot be read, more than 1 %; "
+                            f"the last: {error}")
 
 
 def compile_layers(model: nn.Module, backend: str | None) -> None:

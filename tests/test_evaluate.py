@@ -21,7 +21,7 @@ from data import load_samples, open_clip, read_clip, to_float
 from evaluate import (attention, class_centres, class_numbers, confusion_matrix, covering_frames, cross_task,
                       gate_statistics, join_folds, markdown, metrics, observe, reconstruct, table, unpatchify)
 from model import S4D, MaskedAutoencoder, UserError, normalised_target, patchify, unnamed
-from pretrain import Process, write
+from pretrain import Process
 
 CPU = Process(0, 1, torch.device("cpu"), torch.float32)
 CLIP_CLASSES = ["happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"]
