@@ -122,20 +122,6 @@ def markdown(columns: list[str], rows: list[list]) -> str:
     return "\n".join(lines)
 
 
-def table(scores: dict, classes: tuple[str, ...]) -> str:
-    """Scores as text, with the majority baseline, then the confusion matrix with recalls."""
-    rows = []
-    for name, row, recall in zip(classes, scores["confusion"], scores["recall"]):
-        rows.append([name, *row, recall])
-    words = (
-        "UAR {uar:.4f} ({uar_interval[0]:.4f} to {uar_interval[1]:.4f})  "
-        "WAR {war:.4f} ({war_interval[0]:.4f} to {war_interval[1]:.4f}), with 95 % intervals   "
-        "macro F1 {macro_f1:.4f}  weighted F1 {weighted_f1:.4f}\nalways the most frequent class: "
-        "UAR {majority_uar:.4f}  WAR {majority_war:.4f}\n\n")
-    columns = ["true \\ predicted", *classes, "recall"]
-    return words.format(**scores) + markdown(columns, rows)
-
-
 # ------------------------------------------------------------------------- one pass over a test set
 
 @dataclass
@@ -545,24 +531,34 @@ def data_name(samples: Samples) -> str:
     return samples.name + (f", fold {samples.fold}" if catalogue(samples.name).folds > 1 else "")
 
 
+SCORES = (
+    "UAR {uar:.4f} ({uar_interval[0]:.4f} to {uar_interval[1]:.4f})  "
+    "WAR {war:.4f} ({war_interval[0]:.4f} to {war_interval[1]:.4f}), with 95 % intervals   "
+    "macro F1 {macro_f1:.4f}  weighted F1 {weighted_f1:.4f}\nalways the most frequent class: "
+    "UAR {majority_uar:.4f}  WAR {majority_war:.4f}")
+
+
 def show_scores(run: Run, name: str, samples: Samples, scores: dict) -> None:
     """Scores, and the confusion matrix (Fig. 7) with recalls (Table III)."""
     classes = scores["classes"]
     title = f"{name}: {np.sum(scores['confusion'])} test samples, {scores['checkpoint']}"
-    words = table(scores, classes)
-    run.lines.append(f"\n{title}\n{words}")
-    run.numbers[samples.name] = scores
+    words = SCORES.format(**scores)
+    printed = []
     rows = [["true ↓ predicted →", *classes, "recall"]]
     for i, true in enumerate(classes):
         counts = scores["confusion"][i]
+        recall = scores["recall"][i]
+        printed.append([true, *counts, recall])
         row = [f"{true} ({sum(counts)})"]
         # Shares make classes of different sizes comparable, numbers say how much a share means
         for count, share in zip(counts, scores["by_row"][i]):
             row.append(None if share is None else (share, f"{count} ({share:.0%})"))
-        rows.append([*row, scores["recall"][i]])
-    scored, baseline, *_ = words.splitlines()
+        rows.append([*row, recall])
+    columns = ["true \\ predicted", *classes, "recall"]
+    run.lines.append(f"\n{title}\n{words}\n\n{markdown(columns, printed)}")
+    run.numbers[samples.name] = scores
     of = f"test {samples.modality}s of {name}"
-    show(run, "scores", rows, grid(rows), of, f"{title}. {scored}; {baseline}.")
+    show(run, "scores", rows, grid(rows), of, f"{title}. {words}.")
 
 
 def show_training(run: Run, file: Path) -> None:

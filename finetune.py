@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from data import (Samples, Schedule, Source, TrainingData, dataset_name, hold_out, load_samples,
                   overlap, short_name)
-from evaluate import evaluate, gate_statistics, table
+from evaluate import evaluate, gate_statistics
 from model import (EXPERT_SETTINGS, S4D, SIZES, UserError, at_least_fp32, initialise,
                    modality, read_checkpoint)
 from pretrain import (Rate, RunFolder, common_settings, count, decayed, describe, guarded,
@@ -114,7 +114,8 @@ def main() -> None:
     state = train(process, args, folder, model, objective, optimizer, rate, schedule, data,
                   test_now)
     if process.main:
-        report(args.output, state, split, tested)
+        chooser = "held-out training data" if validation else "the test fold itself"
+        print(f"best.pt is epoch {state['best']['epoch']}, chosen by WAR on {chooser}")
     checkpoint = args.output / ("best.pt" if validation else "last.pt")
     say_next(process, args, "evaluate.py", "--checkpoint", checkpoint, "--report",
              args.output / "report")
@@ -253,18 +254,6 @@ class JointLoss(nn.Module):
         # expressions: images and videos
         total = (1 - alpha) * loss_image + alpha * loss_video
         return weight * total
-
-
-def report(folder: Path, state: dict, split: str, tested: dict[str, Samples]) -> None:
-    """Print the scores of the last epoch and of the best one, and which data chose it."""
-    chooser = "the test fold itself" if split == "test" else "held-out training data"
-    titles = {"last": "last epoch", "best": f"best epoch, chosen by WAR on {chooser}"}
-    for name, title in titles.items():
-        record = state[name]
-        for m, samples in tested.items():
-            print(f"\n{samples.name}, {len(samples)} {split} samples, {folder / name}.pt: "
-                  f"epoch {record['epoch']}, {title}")
-            print(table(record[split][m], samples.classes))
 
 
 if __name__ == "__main__":

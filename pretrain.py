@@ -151,7 +151,7 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
     the seed, the epoch, the step and the micro-batch. test() gives scores of the model as it is.
     UserError, with the weights as they were, if the loss or its gradient is not finite.
     """
-    new = dict(epoch=0, step=0, losses=[], best=None, last=None, left_out={})
+    new = dict(epoch=0, step=0, losses=[], best=None, left_out={})
     state = folder.load(model, optimizer) or new
     schedule.start = state["epoch"], state["step"]
     batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
@@ -232,7 +232,6 @@ def end_epoch(process, args, folder, model, optimizer, state: dict, clock: dict,
     process.release_signals()
     if test and (epoch == args.epochs or epoch % args.test_every == 0):
         record |= test()
-        state["last"] = record
         if state["best"] is None or record["score"] > state["best"]["score"]:
             state["best"] = record
     state |= dict(epoch=epoch, step=0, losses=[])
