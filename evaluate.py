@@ -558,7 +558,7 @@ def show_scores(run: Run, name: str, samples: Samples, scores: dict) -> None:
     run.lines.append(f"\n{title}\n{words}\n\n{markdown(columns, printed)}")
     run.numbers[samples.name] = scores
     of = f"test {samples.modality}s of {name}"
-    show(run, "scores", rows, grid(rows), of, f"{title}. {words}.")
+    show(run, "scores", rows, grid(rows), of, f"{title}. {words}.".replace("\n", "; "))
 
 
 def show_training(run: Run, file: Path) -> None:
