@@ -56,17 +56,13 @@ def recalls(confusion: np.ndarray) -> np.ndarray:
 
 
 def metrics(confusion: np.ndarray) -> dict:
-    """UAR, WAR, their 95 % intervals, recalls, F1 and the majority-class baseline, as fractions.
-
-    A class without samples has no recall (None) and is left out of UAR; one that is not predicted
-    either is left out of the macro F1. Intervals are percentiles of 2,000 bootstrap samples."""
+    """UAR, WAR, their 95 % intervals, recalls and the majority-class baseline, as fractions. A class
+    without samples has no recall (None) and is left out of UAR. Intervals are percentiles of 2,000
+    bootstrap samples."""
     total = int(confusion.sum())
     uar = np.nanmean(recalls(confusion))    # unweighted: every class counts the same, however small
     war = np.trace(confusion) / total       # weighted by the classes' sizes: the accuracy
     support = confusion.sum(1)
-    predicted = confusion.sum(0)
-    occurs = support + predicted > 0
-    f1 = 2 * np.diagonal(confusion) / np.where(occurs, support + predicted, 1)
     # To draw n samples with replacement is to draw n of the matrix's cells
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(total, confusion.ravel() / total, 2000).reshape(-1, *confusion.shape)
@@ -75,7 +71,6 @@ def metrics(confusion: np.ndarray) -> dict:
     return dict(
         uar=float(uar), uar_interval=np.quantile(uars, (0.025, 0.975)).tolist(),
         war=float(war), war_interval=np.quantile(wars, (0.025, 0.975)).tolist(),
-        macro_f1=float(f1[occurs].mean()), weighted_f1=float(f1 @ support / total),
         majority_uar=1 / int((support > 0).sum()), majority_war=float(support.max() / total),
         recall=listed(recalls(confusion)), confusion=confusion.tolist(),
         by_row=listed(confusion / np.where(support, support, np.nan)[:, None]))
@@ -533,9 +528,8 @@ def data_name(samples: Samples) -> str:
 
 SCORES = (
     "UAR {uar:.4f} ({uar_interval[0]:.4f} to {uar_interval[1]:.4f})  "
-    "WAR {war:.4f} ({war_interval[0]:.4f} to {war_interval[1]:.4f}), with 95 % intervals   "
-    "macro F1 {macro_f1:.4f}  weighted F1 {weighted_f1:.4f}\nalways the most frequent class: "
-    "UAR {majority_uar:.4f}  WAR {majority_war:.4f}")
+    "WAR {war:.4f} ({war_interval[0]:.4f} to {war_interval[1]:.4f}), with 95 % intervals\n"
+    "always the most frequent class: UAR {majority_uar:.4f}  WAR {majority_war:.4f}")
 
 
 def show_scores(run: Run, name: str, samples: Samples, scores: dict) -> None:
