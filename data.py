@@ -265,31 +265,19 @@ def schedule_epoch(sources: dict[str, Source], seed: int, epoch: int) -> list[li
     return steps
 
 
-@dataclass(eq=False)
-class Schedule(torch.utils.data.Sampler):
-    """This process's micro-batches from a given (epoch, step), `start`, to the end of training."""
-    sources: dict[str, Source]
-    seed: int
-    epochs: int
-    rank: int                               # this process's number among `world`
-    world: int
-    start: tuple[int, int] = (0, 0)
-
-    def steps_per_epoch(self) -> int:
-        return len(schedule_epoch(self.sources, self.seed, 0))
-
-    def __iter__(self):
-        first_epoch, first_step = self.start
-        for epoch in range(first_epoch, self.epochs):
-            steps = schedule_epoch(self.sources, self.seed, epoch)
-            if epoch == first_epoch:
-                steps = steps[first_step:]
-            for step in steps:
-                mine = step[self.rank::self.world]
-                if not mine:                # DDP waits for every process: compute one for nothing
-                    mine = [replace(step[0], weight=0.0)]
-                yield from mine[:-1]
-                yield replace(mine[-1], is_last=True)
+def deal(sources: dict[str, Source], seed: int, epochs: int, rank: int, world: int,
+         first_epoch: int, first_step: int) -> Iterator[MicroBatch]:
+    """The micro-batches of process `rank` of `world`, from a step of an epoch to the last epoch."""
+    for epoch in range(first_epoch, epochs):
+        steps = schedule_epoch(sources, seed, epoch)
+        if epoch == first_epoch:
+            steps = steps[first_step:]
+        for step in steps:
+            mine = step[rank::world]
+            if not mine:                    # DDP waits for every process: compute one for nothing
+                mine = [replace(step[0], weight=0.0)]
+            yield from mine[:-1]
+            yield replace(mine[-1], is_last=True)
 
 
 class TrainingData(torch.utils.data.Dataset):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from data import (Samples, Schedule, Source, TrainingData, dataset_name, hold_out, load_samples,
-                  overlap, short_name)
+from data import (Samples, Source, TrainingData, dataset_name, hold_out, load_samples, overlap,
+                  schedule_epoch, short_name)
 from evaluate import evaluate, gate_statistics
 from model import (EXPERT_SETTINGS, S4D, SIZES, UserError, at_least_fp32, initialise,
                    modality, read_checkpoint)
@@ -94,8 +94,7 @@ def main() -> None:
     classes = [sources[m].samples.classes if m in sources else () for m in ("image", "video")]
     model, loaded = build(args, classes, folder.saved)
     model.to(process.device)
-    schedule = Schedule(sources, args.seed, args.epochs, process.rank, process.world)
-    optimizer, rate = optimisation(args, model, schedule.steps_per_epoch())
+    optimizer, rate = optimisation(args, model, len(schedule_epoch(sources, args.seed, 0)))
     describe(process, args, model, sources, rate, loaded)
 
     split = "validation" if args.validation else "test"
@@ -111,8 +110,7 @@ def main() -> None:
 
     objective = JointLoss(model, args.mixing, args.label_smoothing)
     data = TrainingData(sources, "finetune", model.size, args.augment)
-    state = train(process, args, folder, model, objective, optimizer, rate, schedule, data,
-                  test_now)
+    state = train(process, args, folder, model, objective, optimizer, rate, data, test_now)
     if process.main:
         chooser = "held-out training data" if validation else "the test fold itself"
         print(f"best.pt is epoch {state['best']['epoch']}, chosen by WAR on {chooser}")

@@ -35,8 +35,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Samples, Schedule, Source, TrainingData, dataset_name, frame_rate, load_samples,
-                  loader, short_name, to_float)
+from data import (Samples, Source, TrainingData, dataset_name, deal, frame_rate, load_samples,
+                  loader, schedule_epoch, short_name, to_float)
 from model import (MASK_RATIO, SIZES, Layer, MaskedAutoencoder, UserError, load_weights,
                    masked_tokens, modality, read_checkpoint, whole_file)
 
@@ -84,12 +84,11 @@ def main() -> None:
     model = MaskedAutoencoder(args.size).to(process.device)
     ratios = {"image": args.image_mask_ratio, "video": args.video_mask_ratio}
     objective = ReconstructionLoss(model, ratios)
-    schedule = Schedule(sources, args.seed, args.epochs, process.rank, process.world)
-    optimizer, rate = optimisation(args, model, schedule.steps_per_epoch())
+    optimizer, rate = optimisation(args, model, len(schedule_epoch(sources, args.seed, 0)))
     hidden = {m: masked_tokens(getattr(model.size, f"{m}_tokens"), ratios[m]) for m in sources}
     describe(process, args, model, sources, rate, f"masked tokens of a sample: {hidden}")
     data = TrainingData(sources, "pretrain", model.size)
-    train(process, args, folder, model, objective, optimizer, rate, schedule, data)
+    train(process, args, folder, model, objective, optimizer, rate, data)
 
     dataset = "synthetic" if drawn else "dfew"
     if "video" in sources and sources["video"].samples.classes:
@@ -144,7 +143,7 @@ class ReconstructionLoss(nn.Module):
 
 # ---------------------------------------------------------------------- the loop of both stages
 
-def train(process, args, folder, model, objective, optimizer, rate, schedule, data, test=None):
+def train(process, args, folder, model, objective, optimizer, rate, data, test=None):
     """Train `model` through `objective`, a module from (x, labels, weight) to loss times weight.
 
     Returns `state`, all there is of a run beside weights and moments: what is random follows from
@@ -153,8 +152,9 @@ def train(process, args, folder, model, objective, optimizer, rate, schedule, da
     """
     new = dict(epoch=0, step=0, losses=[], best=None, left_out={})
     state = folder.load(model, optimizer) or new
-    schedule.start = state["epoch"], state["step"]
-    batches = iter(loader(data, args.workers, batch_size=None, sampler=schedule))
+    order = deal(data.sources, args.seed, args.epochs, process.rank, process.world,
+                 state["epoch"], state["step"])
+    batches = iter(loader(data, args.workers, batch_size=None, sampler=order))
     compile_layers(model, args.compile)
     ddp = DistributedDataParallel(objective) if process.world > 1 else objective
     steps = rate.steps // args.epochs
