@@ -230,9 +230,6 @@ class MicroBatch:
     """What one process computes at once. Its place in the epoch seeds its draws, so that they do
     not depend on the process that holds it."""
     modality: str                           # "image" or "video"
-    epoch: int
-    step: int                               # of the epoch
-    place: int                              # of the step's micro-batches
     index: np.ndarray                       # sample numbers
     weight: float                           # share of the step's samples; 0: nothing to compute
     is_last: bool                           # of the process's micro-batches of this step
@@ -258,9 +255,8 @@ def schedule_epoch(sources: dict[str, Source], seed: int, epoch: int) -> list[li
         micros = []
         for place, start in enumerate(range(0, len(index), size)):
             part = index[start:start + size]
-            micros.append(MicroBatch(
-                modality, epoch, step, place, part, weight=len(part) / len(index), is_last=False,
-                seed=draw_seed(seed, epoch, step, place)))
+            micros.append(MicroBatch(modality, part, weight=len(part) / len(index), is_last=False,
+                                     seed=draw_seed(seed, epoch, step, place)))
         steps.append(micros)
     return steps
 
