@@ -162,7 +162,7 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
     for epoch in range(state["epoch"], args.epochs):
         process.catch_signals()                                 # they wait for the end of the step
         objective.train()
-        clock = dict(began=time.perf_counter(), waited=0.0)
+        began = time.perf_counter()
         bar = tqdm(range(state["step"], steps), f"epoch {epoch + 1}/{args.epochs}", steps,
                    initial=state["step"], leave=False, disable=not process.main, unit="step")
         for step in bar:
@@ -172,7 +172,7 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
 
             # Forward and backward: this process's micro-batches, whose weighted losses add up
             total = torch.zeros((), device=process.device)
-            for micro, x, labels, errors in of_a_step(batches, clock):
+            for micro, x, labels, errors in of_a_step(batches):
                 leave_out(errors, data.sources[micro.modality].samples, state["left_out"])
                 torch.manual_seed(micro.seed)                   # of masks, mixing and gate noise
                 x = to_float(process.upload(x))
@@ -200,28 +200,23 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
                 folder.save(model, optimizer, state)
             if stop:
                 process.leave()
-        end_epoch(process, args, folder, model, optimizer, state, clock, test)
+        end_epoch(process, args, folder, model, optimizer, state, began, test)
     return state
 
 
-def of_a_step(batches, clock: dict):
-    """This process's micro-batches of a step; the seconds that one waits for them are added up."""
-    is_last = False
-    while not is_last:
-        asked = time.perf_counter()
-        batch = next(batches)
-        clock["waited"] += time.perf_counter() - asked
-        is_last = batch[0].is_last
+def of_a_step(batches):
+    """This process's micro-batches of a step."""
+    for batch in batches:
         yield batch
+        if batch[0].is_last:
+            return
 
 
-def end_epoch(process, args, folder, model, optimizer, state: dict, clock: dict, test) -> None:
+def end_epoch(process, args, folder, model, optimizer, state: dict, began: float, test) -> None:
     """Test, log, save and print a line. A test takes long and may be stopped, so it stands between
     two saves."""
     epoch = state["epoch"] + 1
-    seconds = time.perf_counter() - clock["began"]
-    record = dict(epoch=epoch, seconds=round(seconds, 2), data_seconds=round(clock["waited"], 2),
-                  losses=state["losses"], loss={}, left_out=len(state["left_out"]))
+    record = dict(epoch=epoch, losses=state["losses"], loss={}, left_out=len(state["left_out"]))
     for m in ("video", "image"):
         losses = [loss for name, loss in state["losses"] if name == m]
         if losses:
@@ -234,6 +229,8 @@ def end_epoch(process, args, folder, model, optimizer, state: dict, clock: dict,
         record |= test()
         if state["best"] is None or record["score"] > state["best"]["score"]:
             state["best"] = record
+    seconds = time.perf_counter() - began
+    record["seconds"] = round(seconds, 2)
     state |= dict(epoch=epoch, step=0, losses=[])
     folder.save(model, optimizer, state, record)
 
@@ -243,7 +240,6 @@ def end_epoch(process, args, folder, model, optimizer, state: dict, clock: dict,
         line += f"  {m}s: loss {loss:.3f}"
         if split in record:
             line += f", {split} UAR {record[split][m]['uar']:.3f}"
-    seconds = time.perf_counter() - clock["began"]          # with the test
     minutes_left = seconds * (args.epochs - epoch) / 60
     if process.main:
         print(f"{line}  {seconds:.0f} s, {minutes_left:.1f} min left", flush=True)
