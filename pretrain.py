@@ -292,7 +292,7 @@ def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
     add("--seed", type=natural, default=0, help="of everything random (0)")
     add("--workers", type=natural, default=default_workers(), help="loading processes each")
     add("--clip-grad", type=positive, help="clip the gradient to this norm (no clipping)")
-    add("--precision", choices=list(PRECISIONS), help="of matrix products (what is fast here)")
+    add("--precision", choices=["fp32", "bf16"], help="of matrix products (what is fast here)")
     add("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager"],
         help="compile the layers: a minute, and a C++ compiler (aot_eager: without one)")
     add("--output", type=Path, help="the run's folder (runs/..., named after the data)")
@@ -408,16 +408,13 @@ def compile_layers(model: nn.Module, backend: str | None) -> None:
 
 # ------------------------------------------------------------------------ processes and devices
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 @dataclass
 class Process:
-    """This process among the others, its device, and the precision of matrix products."""
+    """This process among the others, and its device."""
     rank: int
     world: int
     device: torch.device
-    dtype: torch.dtype
+    precision: str                          # of matrix products: "fp32" or "bf16"
     reason: str = "as --precision says"     # why this precision
     signal: int = 0                         # SIGTERM or SIGINT, once it was received
 
@@ -425,13 +422,9 @@ class Process:
     def main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def precision(self) -> str:
-        return "fp32" if self.dtype == torch.float32 else "bf16"
-
     def autocast(self) -> torch.autocast:
-        mixed = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=mixed)
+        mixed = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
 
     def upload(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device, non_blocking=True)
@@ -487,17 +480,17 @@ def start(size: str = "base", precision: str | None = None) -> Process:
         two_hours = timedelta(hours=2)      # the first listing of a million videos is slow
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                 timeout=two_hours)
-    process = Process(rank, world, device, PRECISIONS[precision or "fp32"])
+    process = Process(rank, world, device, precision or "fp32")
     if precision is None and device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            process.dtype = torch.bfloat16
+            process.precision = "bf16"
         process.reason = "what this GPU is fast in"
     elif precision is None:
         seconds = torch.tensor(product_seconds(SIZES[size].width))
         fp32, bf16 = process.sum(seconds * process.main).tolist()
         process.reason = f"products in fp32 take {fp32 / bf16:.2f} of their time in bf16 here"
         if bf16 < fp32:
-            process.dtype = torch.bfloat16
+            process.precision = "bf16"
     return process
 
 
@@ -508,9 +501,9 @@ def product_seconds(width: int) -> list[float]:
     weight = torch.ones(4 * width, width)
     seconds = [math.inf, math.inf]
     for _ in range(4):                      # in turns; the first ones also prepare the kernels
-        for i, dtype in enumerate(PRECISIONS.values()):
+        for i, mixed in enumerate((False, True)):
             began = time.perf_counter()
-            with torch.autocast("cpu", dtype, enabled=i > 0):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 nn.functional.linear(x, weight)
             seconds[i] = min(seconds[i], time.perf_counter() - began)
     return seconds
@@ -613,7 +606,7 @@ class RunFolder:
                 changes.append(f"{name} was {then.get(name)}, now {now.get(name)}")
         if changes:
             raise UserError(f"{self.last} is of another run: {'; '.join(changes)}")
-        self.process.dtype = PRECISIONS[before]
+        self.process.precision = before
         self.process.reason = "as the run began"
 
     def load(self, model: nn.Module, optimizer) -> dict | None:
