@@ -265,7 +265,7 @@ def main() -> None:
     checkpoint = read_checkpoint(file)
     checkpoint.pop("optimizer", None)       # its moments are twice as large as the weights
     size = checkpoint["architecture"].get("size", "base")
-    run = Run(args, start(size, checkpoint.get("made_by", {}).get("precision")))
+    run = Run(args, start(size, checkpoint.get("identity", {}).get("precision")))
     if args.folds:
         evaluate_folds(run)
     elif args.media:

@@ -578,7 +578,7 @@ class RunFolder:
         self.save_seconds = 60 * args.save_minutes
         self.saved_at = time.monotonic()
         self.saved = None                   # the checkpoint to go on from
-        self.identity = identity(args, samples)
+        self.identity = identity(args, samples) | {"precision": process.precision}
         if process.main:
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()   # an error now, where none may write
@@ -587,27 +587,23 @@ class RunFolder:
             if (self.path / name).exists() and not (args.resume and self.stamp):
                 raise UserError(f"{self.path / name} exists: give --resume to continue that run "
                                 "from last.pt, another --output, or delete it")
-        if self.stamp:
-            self.saved = read_checkpoint(self.last)
-            self.check(args.precision)
-
-    def check(self, precision: str | None) -> None:
-        """Take the precision of the run that was saved. UserError if it is another run."""
+        if not self.stamp:
+            return
+        self.saved = read_checkpoint(self.last)
         if "optimizer" not in self.saved:
             raise UserError(f"{self.last} is no last.pt of a run: it has no optimizer")
-        before = self.saved["made_by"]["precision"]
-        then = self.saved["identity"] | {"precision": before}
+        then, now = self.saved["identity"], self.identity
+        if args.precision is None:          # and not what is faster here
+            process.precision = now["precision"] = then["precision"]
+            process.reason = "as the run began"
         if "pretrained fingerprint" in then:    # that file may be gone
-            self.identity.setdefault("pretrained fingerprint", then["pretrained fingerprint"])
-        now = self.identity | {"precision": precision or before}
+            now.setdefault("pretrained fingerprint", then["pretrained fingerprint"])
         changes = []
         for name in sorted(then.keys() | now.keys()):
             if name not in NOT_COMPARED and then.get(name) != now.get(name):
                 changes.append(f"{name} was {then.get(name)}, now {now.get(name)}")
         if changes:
             raise UserError(f"{self.last} is of another run: {'; '.join(changes)}")
-        self.process.precision = before
-        self.process.reason = "as the run began"
 
     def load(self, model: nn.Module, optimizer) -> dict | None:
         """The state to go on from, its weights and moments restored; None for a new run."""
@@ -642,7 +638,7 @@ class RunFolder:
         made_by = dict(command=shlex.join(sys.argv), python=platform.python_version(),
                        torch=str(torch.__version__), torchvision=version("torchvision"),
                        av=version("av"), numpy=version("numpy"), processes=self.process.world,
-                       precision=self.process.precision, machine=platform.platform(), device="cpu")
+                       machine=platform.platform(), device="cpu")
         if torch.cuda.is_available():
             made_by["device"] = torch.cuda.get_device_name()
         contents = dict(stage=self.stage, architecture=model.architecture, made_by=made_by,
