@@ -574,11 +574,6 @@ def unnamed(count: int) -> list[str]:
     return [f"class {i}" for i in range(count)]
 
 
-def has_names(classes: list[str]) -> bool:
-    """Whether a head's classes are named; the released files do not name theirs."""
-    return list(classes) != unnamed(len(classes))
-
-
 def load_checkpoint(path) -> MaskedAutoencoder | S4D:
     """The module of a checkpoint file. UserError if the file, its names or shapes do not fit."""
     return rebuild(read_checkpoint(path), path)
