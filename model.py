@@ -291,26 +291,18 @@ class MaskedAutoencoder(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, x, hidden=None, mask_ratio=None):
+    def forward(self, x, mask_ratio=None):
         """Hide tokens, encode the visible ones, decode, and compare with what was hidden.
 
-        x: (B, 3, H, W) or (B, 3, T, H, W), normalised with IMAGE_MEAN and IMAGE_STD. hidden: the
-        mask, bool (B, N). Without one, a random mask is drawn, which hides the share `mask_ratio`
-        of the tokens, by default the paper's. Returns (loss, pred, hidden): a scalar, what is
-        predicted of the hidden tokens in their order, (B, N - V, P), and the mask.
+        x: (B, 3, H, W) or (B, 3, T, H, W), normalised with IMAGE_MEAN and IMAGE_STD. mask_ratio:
+        share of hidden tokens, by default the paper's. Returns (loss, pred, hidden): a scalar, what
+        is predicted of the hidden tokens in their order, (B, N - V, P), and the mask, (B, N).
         """
         patches = patchify(x, self.size)                        # (B, N, P)
         batch, tokens = patches.shape[:2]
-        if hidden is None:
-            ratio = MASK_RATIO[modality(x)] if mask_ratio is None else mask_ratio
-            hidden = random_mask(batch, tokens, ratio, x.device)
-            count = masked_tokens(tokens, ratio)
-        else:
-            count = int(hidden[0].sum())    # a GPU's host waits here, for a given mask only
-            fits = hidden.dtype == torch.bool and hidden.shape == (batch, tokens)
-            if not fits or not 0 < count < tokens or (hidden.sum(1) != count).any():
-                raise ValueError("expected a mask of bool (B, N) that hides as many tokens in each "
-                                 f"sample, and not all, got {hidden.dtype} {tuple(hidden.shape)}")
+        ratio = MASK_RATIO[modality(x)] if mask_ratio is None else mask_ratio
+        hidden = random_mask(batch, tokens, ratio, x.device)
+        count = masked_tokens(tokens, ratio)
         # Visible tokens first, then hidden ones, each in token order.
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)  # (B, N)
         seen = order[:, :-count]                                # (B, V)
