@@ -550,19 +550,19 @@ def dataset_name(modality: str | None = None, labelled: bool = False, others: tu
     return check
 
 
-def load_samples(name: str, data_root: Path, split: str, fold: int = 1,
-                 stride: int | None = None) -> Samples:
-    """All samples of a data set's "train" or "test" split, with its own stride or another.
+def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: int | None = None,
+                 box: tuple | None = None) -> Samples:
+    """All samples of a data set's "train" or "test" split, with its own stride and box or others.
     UserError if anything that it needs is missing or odd."""
     dataset = catalogue(name)
     if not 1 <= fold <= dataset.folds:
         raise UserError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
     if dataset.modality == "image":
-        stride = 1
+        stride, box = 1, None
     own = dataset.name not in CATALOGUE
     samples = Samples(dataset.name, dataset.modality, dataset.classes, Path(data_root), None, None,
                       stride or dataset.stride, OWN_DATA_RATE if own else None, fold=fold,
-                      box=dataset.box)
+                      box=box or dataset.box)
     if own:
         if split == "test" and len(dataset.lists) == 1:
             raise UserError(f"{name} has no test part: expected train.csv,test.csv, or a folder "

@@ -11,7 +11,6 @@ every few; the last epoch and the best are reported.
 x: a micro-batch as in pretrain.py    labels: (B,)    C classes    n experts    d token width
 """
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -130,11 +129,8 @@ def draw_from(args) -> tuple[dict[str, Source], dict[str, Samples], dict[str, Sa
         if name == "none":
             continue
         fold = args.fold if m == "video" else 1
-        box = args.crop if m == "video" else None
-        samples = load_samples(name, args.data_root, "train", fold, args.stride)
-        samples = replace(samples, box=box)
-        test[m] = load_samples(name, args.data_root, "test", fold, args.stride)
-        test[m] = replace(test[m], box=box)
+        samples = load_samples(name, args.data_root, "train", fold, args.stride, args.crop)
+        test[m] = load_samples(name, args.data_root, "test", fold, args.stride, args.crop)
         shared = overlap(samples, test[m])
         if shared:
             raise UserError(shared)

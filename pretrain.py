@@ -104,8 +104,8 @@ def draw_from(args) -> dict[str, Source]:
         if args.batch_size % args.repeats or micro % args.repeats:
             raise UserError(f"--repeats {args.repeats} must divide --batch-size {args.batch_size} "
                             f"and the micro-batch {micro}, which holds all crops of a clip")
-        videos = load_samples(args.dataset, args.data_root, "train", args.fold, args.stride)
-        videos = replace(videos, box=args.crop or videos.box)
+        videos = load_samples(args.dataset, args.data_root, "train", args.fold, args.stride,
+                              args.crop)
         sources["video"] = Source(videos, args.batch_size, micro, repeats=args.repeats)
     if args.image_dataset != "none":
         if args.image_dataset == "frames" and sources:
