@@ -49,6 +49,7 @@ class Samples:
     rate: float | None = None               # frames a second that stride counts; None: the file's
     people: np.ndarray | None = None        # (n,) bytes: who is seen, where that is known
     fold: int = 1
+    title: str = ""                         # of a report
     box: tuple[int, int, int, int] | None = None        # of every frame: left, top, width, height
     notes: list[str] = field(default_factory=list)      # what was recognised, to be printed
     frames_as_images: bool = False          # a random frame stands for an image (Table IV, row 5)
@@ -562,12 +563,14 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
     own = dataset.name not in CATALOGUE
     samples = Samples(dataset.name, dataset.modality, dataset.classes, Path(data_root), None, None,
                       stride or dataset.stride, OWN_DATA_RATE if own else None, fold=fold,
+                      title=name if dataset.folds == 1 else f"{name}, fold {fold}",
                       box=box or dataset.box)
     if own:
         if split == "test" and len(dataset.lists) == 1:
             raise UserError(f"{name} has no test part: expected train.csv,test.csv, or a folder "
                             "with train and test")
         path = dataset.lists[split == "test"]
+        samples.title = "/".join(path.parts[-2:])
         samples.root, rows = own_rows(path)
         number = {label: i for i, label in enumerate(dataset.classes)} or {"": -1}
         samples.notes = [f"{path}: {', '.join(dataset.classes) or 'no labels'}"]

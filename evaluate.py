@@ -431,7 +431,7 @@ def evaluate_sets(run: Run, file: Path, checkpoint: dict) -> None:
         scores, seen = evaluate_set(run, file, model, samples)
         if "state" in checkpoint:
             scores["checkpoint"] += f" after epoch {checkpoint['state']['epoch']}"
-        show_scores(run, data_name(samples), samples, scores)
+        show_scores(run, samples.title, samples, scores)
         tested[samples.modality] = samples, seen
     if run.args.report and run.process.main:
         for samples, _ in tested.values():
@@ -518,13 +518,6 @@ def read_whole(size: Size, checkpoint: dict, clip, transform) -> tuple:
 
 
 # --------------------------------------------------------- what the paper shows of a trained model
-
-def data_name(samples: Samples) -> str:
-    """A test set, called what it is."""
-    if samples.name not in CATALOGUE:
-        return "/".join(catalogue(samples.name).lists[-1].parts[-2:])
-    return samples.name + (f", fold {samples.fold}" if catalogue(samples.name).folds > 1 else "")
-
 
 SCORES = (
     "UAR {uar:.4f} ({uar_interval[0]:.4f} to {uar_interval[1]:.4f})  "
@@ -651,7 +644,7 @@ def show_tasks(run: Run, model: S4D, tested: dict) -> None:
         theirs = model.architecture[f"{other}_classes"]
         scores = cross_task(samples, seen.probabilities.get(other), theirs)
         if scores:
-            name = f"{other} head on {data_name(samples)}"
+            name = f"{other} head on {samples.title}"
             heads.append([name, scores["uar"], scores["war"], scores["samples"]])
     if len(heads) > 1:
         show(run, "heads", heads)
@@ -887,7 +880,7 @@ def show(run: Run, kind: str, rows: list[list], drawing: str = "", of: Samples |
     if not (run.args.report or run.args.media):
         return
     if isinstance(of, Samples):
-        of = f"test {of.modality}s of {data_name(of)}"
+        of = f"test {of.modality}s of {of.title}"
     title = kind.replace("-", " ").capitalize()
     title = escape(f"{title}: {of}" if of else title)
     name = re.sub(r"\W+", "-", f"{kind} {of}"[:80]).strip("-")
