@@ -579,8 +579,7 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
         if not dataset.classes:
             list_videos(samples, Path(data_root, *dataset.lists))
             return samples
-        path = find_list(dataset, Path(data_root), split, fold)
-        rows, number, samples.notes = catalogue_rows(dataset, path, split)
+        path, rows, number, samples.notes = catalogue_rows(dataset, Path(data_root), split, fold)
     for row in rows:
         if row.label not in number:
             raise UserError(f"{path}, line {row.line}: {row.name!r} has the label {row.label!r}: "
@@ -610,21 +609,16 @@ def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: 
     return samples
 
 
-def find_list(dataset: DataSet, data_root: Path, split: str, fold: int) -> Path:
-    subset = "training" if split == "train" else "validation"               # AffectNet's words
-    paths = []
-    for name in dataset.lists:
-        path = data_root / name.format(split=split, subset=subset, fold=fold)
-        if path.is_file():
-            return path
-        paths.append(str(path))
-    raise UserError(f"{data_root / dataset.folder} and {' or '.join(paths)} must be there "
-                    "(--dataset synthetic needs no download: python tests/faces.py)")
-
-
-def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:
-    """The split's lines in a list, the numbers of its labels, and what is to be said of these.
+def catalogue_rows(dataset: DataSet, data_root: Path, split: str, fold: int) -> tuple:
+    """The split's list and its lines, the numbers of its labels, and what is to be said of these.
     UserError where labels may count from 0 or from 1."""
+    subset = "training" if split == "train" else "validation"               # AffectNet's words
+    paths = [data_root / name.format(split=split, subset=subset, fold=fold)
+             for name in dataset.lists]
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        raise UserError(f"{data_root / dataset.folder} and {' or '.join(map(str, paths))} must be "
+                        "there (--dataset synthetic needs no download: python tests/faces.py)")
     part = dataset.part.format(split=split)
     left_out = dataset.left_out if path.suffix == ".csv" else ()
     rows = []
@@ -646,7 +640,7 @@ def catalogue_rows(dataset: DataSet, path: Path, split: str) -> tuple:
     notes = [f"{path}: labels count from {first}"]
     if left_out:
         notes.append(f"left out: labels {', '.join(left_out)}")
-    return rows, {str(first + i): i for i in range(len(dataset.classes))}, notes
+    return path, rows, {str(first + i): i for i in range(len(dataset.classes))}, notes
 
 
 def list_videos(samples: Samples, path: Path) -> None:
