@@ -174,10 +174,16 @@ def build(args, classes: list, saved: dict | None) -> tuple[S4D, str]:
 def optimisation(args, model: S4D, steps_per_epoch: int) -> tuple[torch.optim.AdamW, Rate]:
     """Section IV-B: AdamW with layer-wise decay, and a rate for 32 clips a step, in proportion for
     others."""
-    def scale(name: str) -> float:
-        return args.layer_decay ** (depth + 1 - layer_of(name, depth))
-
     depth = model.size.depth
+
+    def scale(name: str) -> float:
+        layer = depth + 1                   # the heads
+        if name.startswith("patch_embed."):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        return args.layer_decay ** (depth + 1 - layer)
+
     lr = args.lr * args.batch_size / 32
     groups = decayed(model.named_parameters(), args.weight_decay, scale)
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
@@ -203,16 +209,6 @@ def layers_with_experts(text: str, depth: int) -> list[int]:
     except ValueError as error:
         raise UserError(f"--moae-layers {text!r}: expected {', '.join(positions)}, or numbers as "
                         "6,7,8") from error
-
-
-def layer_of(name: str, depth: int) -> int:
-    """Place of a parameter for layer-wise decay: 0 the patch embedding, 1 to depth the layers,
-    depth + 1 the heads."""
-    if name.startswith("patch_embed."):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
 
 
 class JointLoss(nn.Module):
