@@ -126,6 +126,7 @@ class Observed:
     features: np.ndarray                    # (n, d) float64: the representation before the heads
     activation: np.ndarray                  # (L, E): tokens that each expert received
     paths: list[tuple[list[int], float]]    # the ten most frequent, with their shares of all tokens
+    labels: np.ndarray | None = None        # (n,) as numbers of the model's classes
 
 
 def forward(model: S4D, x: torch.Tensor, process: Process) -> dict[str, torch.Tensor]:
@@ -203,26 +204,21 @@ def class_numbers(classes: list[str], theirs: list[str]) -> list[int | None]:
     return [places.get(name, places.get(SAME_CLASS.get(name))) for name in classes]
 
 
-def labels_of(samples: Samples, model: S4D) -> np.ndarray:
-    """The samples' labels as numbers of the model's classes (n,). UserError if it lacks one."""
+def evaluate(model: S4D, samples: Samples, process: Process,
+             workers: int) -> tuple[dict, Observed]:
+    """Metrics of the samples' own head, and the pass that they are from. Classes are matched by
+    name; the model may have more, and may predict these too. Of equally probable classes the first
+    is predicted."""
     m = samples.modality
     theirs = model.architecture[f"{m}_classes"]
     numbers = class_numbers(samples.classes, theirs)
     if None in numbers or not numbers:
         raise UserError(f"{samples.name} has {m}s of the classes {list(samples.classes)}: expected "
                         f"classes that the model was trained on, {list(theirs)}")
-    return np.array(numbers)[samples.labels]
-
-
-def evaluate(model: S4D, samples: Samples, process: Process,
-             workers: int) -> tuple[dict, Observed]:
-    """Metrics of the samples' own head, and the pass that they are from. Classes are matched by
-    name; the model may have more, and may predict these too. Of equally probable classes the first
-    is predicted."""
-    labels = labels_of(samples, model)
     observed = observe(model, TestData(samples, model.size), process, workers)
-    probabilities = observed.probabilities[samples.modality]
-    confusion = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
+    observed.labels = np.array(numbers)[samples.labels]
+    predictions = observed.probabilities[m].argmax(1)
+    confusion = confusion_matrix(observed.labels, predictions, len(theirs))
     return metrics(confusion), observed
 
 
@@ -387,8 +383,7 @@ def evaluate_set(run: Run, file: Path, model: S4D, samples: Samples) -> tuple[di
     classes = model.architecture[f"{m}_classes"]
     scores, seen = evaluate(model, samples, run.process, run.args.workers)
     rows = run.predictions.setdefault(m, [["sample", "label", "prediction", *classes]])
-    labels = labels_of(samples, model)
-    for name, label, row in zip(samples.names.tolist(), labels, seen.probabilities[m]):
+    for name, label, row in zip(samples.names.tolist(), seen.labels, seen.probabilities[m]):
         names = [os.fsdecode(name), classes[label], classes[row.argmax()]]
         rows.append(names + row.round(6).tolist())
     scores |= dict(classes=classes, fold=samples.fold, samples=len(samples), checkpoint=str(file))
