@@ -615,10 +615,11 @@ def catalogue_rows(dataset: DataSet, data_root: Path, split: str, fold: int) -> 
     subset = "training" if split == "train" else "validation"               # AffectNet's words
     paths = [data_root / name.format(split=split, subset=subset, fold=fold)
              for name in dataset.lists]
-    path = next(filter(Path.is_file, paths), None)
-    if path is None:
+    there = [path for path in paths if path.is_file()]
+    if not there:
         raise UserError(f"{data_root / dataset.folder} and {' or '.join(map(str, paths))} must be "
                         "there (--dataset synthetic needs no download: python tests/faces.py)")
+    path = there[0]
     part = dataset.part.format(split=split)
     left_out = dataset.left_out if path.suffix == ".csv" else ()
     rows = []
