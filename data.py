@@ -535,27 +535,18 @@ def short_name(name: str) -> str:
     return Path(re.split(NEXT_LIST, name)[0]).name.removesuffix(".csv")
 
 
-def dataset_name(modality: str | None = None, labelled: bool = False, others: tuple[str, ...] = ()):
-    """A type for argparse: a data set of that modality, with classes if `labelled`, or one of the
-    words in `others`."""
-    def check(name: str) -> str:
-        if name in others:
-            return name
-        dataset = catalogue(name)
-        if modality in (None, dataset.modality) and (dataset.classes or not labelled):
-            return dataset.name
-        labels = "with labels" if dataset.classes else "without labels"
-        wanted = f"{modality}s with labels" if labelled else f"{modality}s"
-        raise UserError(f"{name} holds {dataset.modality}s {labels}: expected "
-                        f"{' or '.join([wanted, *others])}")
-    return check
+def dataset_name(name: str) -> str:
+    """A type for argparse: a data set, one's own with its whole path, or a word for none."""
+    return name if name in ("none", "frames") else catalogue(name).name
 
 
 def load_samples(name: str, data_root: Path, split: str, fold: int = 1, stride: int | None = None,
-                 box: tuple | None = None) -> Samples:
+                 box: tuple | None = None, modality: str | None = None) -> Samples:
     """All samples of a data set's "train" or "test" split, with its own stride and box or others.
-    UserError if anything that it needs is missing or odd."""
+    UserError if anything that it needs is missing or odd, or it is of another modality."""
     dataset = catalogue(name)
+    if modality not in (None, dataset.modality):
+        raise UserError(f"{name} holds {dataset.modality}s: expected {modality}s")
     if not 1 <= fold <= dataset.folds:
         raise UserError(f"fold {fold} of {name}: expected 1 to {dataset.folds}")
     if dataset.modality == "image":

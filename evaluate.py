@@ -290,7 +290,7 @@ def settings() -> argparse.ArgumentParser:
     add("media", type=Path, nargs="*", metavar="FILE",
         help="own image or video, or folder of one clip's frames")
     add("--report", type=Path, metavar="FOLDER", help="for report.html, figures and scores")
-    add("--dataset", type=dataset_name(), help="data set to test on (those of training)")
+    add("--dataset", type=dataset_name, help="data set to test on (those of training)")
     add("--fold", type=number(int, 1), help="its fold (the checkpoint's)")
     add("--crop", type=box, metavar="X,Y,W,H", help="the face in FILE or in test clips, in pixels "
         "(all of it; of a run's own test clips what training had)")

@@ -35,10 +35,9 @@ def settings() -> argparse.ArgumentParser:
     """Every setting of stage 2. Defaults: the paper's (Section IV-B), else the released code's."""
     p = common_settings(__doc__, TINY)
     add = p.add_argument
-    videos = dataset_name("video", labelled=True, others=("none",))
-    images = dataset_name("image", labelled=True, others=("none",))
-    add("--dataset", default="dfew", type=videos, help="labelled clips, or none")
-    add("--image-dataset", type=images, help="labelled images (affectnet-7, or synthetic-images)")
+    add("--dataset", default="dfew", type=dataset_name, help="labelled clips, or none")
+    add("--image-dataset", type=dataset_name,
+        help="labelled images, or none (affectnet-7, or synthetic-images)")
     add("--pretrained", help="checkpoint, or none (last.pt of pretrain.py's default run)")
     add("--epochs", type=count, default=100, help="passes over the clips")
     add("--batch-size", type=count, default=32, help="clips of a step, over all processes")
@@ -129,8 +128,10 @@ def draw_from(args) -> tuple[dict[str, Source], dict[str, Samples], dict[str, Sa
         if name == "none":
             continue
         fold = args.fold if m == "video" else 1
-        samples = load_samples(name, args.data_root, "train", fold, args.stride, args.crop)
-        test[m] = load_samples(name, args.data_root, "test", fold, args.stride, args.crop)
+        samples = load_samples(name, args.data_root, "train", fold, args.stride, args.crop, m)
+        test[m] = load_samples(name, args.data_root, "test", fold, args.stride, args.crop, m)
+        if not samples.classes:
+            raise UserError(f"{name} has no labels, which stage 2 learns from")
         shared = overlap(samples, test[m])
         if shared:
             raise UserError(shared)

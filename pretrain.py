@@ -51,10 +51,8 @@ def settings() -> argparse.ArgumentParser:
     """Every setting of stage 1. Defaults: the paper's (Section IV-B), else the released code's."""
     p = common_settings(__doc__, TINY)
     add = p.add_argument
-    videos = dataset_name("video", others=("none",))
-    images = dataset_name("image", others=("none", "frames"))
-    add("--dataset", default="voxceleb2", type=videos, help="videos, or none")
-    add("--image-dataset", type=images,
+    add("--dataset", default="voxceleb2", type=dataset_name, help="videos, or none")
+    add("--image-dataset", type=dataset_name,
         help="images, none, or frames: one of each video (affectnet-8, or synthetic-images)")
     add("--epochs", type=count, default=100, help="each draws as many samples as the data have")
     add("--batch-size", type=count, default=384, help="samples of a step, over all processes")
@@ -105,13 +103,13 @@ def draw_from(args) -> dict[str, Source]:
             raise UserError(f"--repeats {args.repeats} must divide --batch-size {args.batch_size} "
                             f"and the micro-batch {micro}, which holds all crops of a clip")
         videos = load_samples(args.dataset, args.data_root, "train", args.fold, args.stride,
-                              args.crop)
+                              args.crop, "video")
         sources["video"] = Source(videos, args.batch_size, micro, repeats=args.repeats)
     if args.image_dataset != "none":
         if args.image_dataset == "frames" and sources:
             images = replace(videos, modality="image", frames_as_images=True)
         else:
-            images = load_samples(args.image_dataset, args.data_root, "train")
+            images = load_samples(args.image_dataset, args.data_root, "train", modality="image")
         sources["image"] = Source(images, args.batch_size, micro, share=args.image_share)
     if not sources:
         raise UserError("--dataset none and --image-dataset none leave nothing to train on")
