@@ -129,9 +129,9 @@ def draw_from(args) -> tuple[dict[str, Source], dict[str, Samples], dict[str, Sa
             continue
         fold = args.fold if m == "video" else 1
         samples = load_samples(name, args.data_root, "train", fold, args.stride, args.crop, m)
-        test[m] = load_samples(name, args.data_root, "test", fold, args.stride, args.crop, m)
         if not samples.classes:
             raise UserError(f"{name} has no labels, which stage 2 learns from")
+        test[m] = load_samples(name, args.data_root, "test", fold, args.stride, args.crop, m)
         shared = overlap(samples, test[m])
         if shared:
             raise UserError(shared)
