@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 from data import (Samples, Source, TrainingData, dataset_name, hold_out, load_samples, overlap,
                   schedule_epoch, short_name)
 from evaluate import evaluate, gate_statistics
-from model import (EXPERT_SETTINGS, S4D, SIZES, UserError, at_least_fp32, initialise,
-                   modality, read_checkpoint)
+from model import (S4D, SIZES, UserError, at_least_fp32, initialise, modality,
+                   read_checkpoint)
 from pretrain import (Rate, RunFolder, common_settings, count, decayed, describe, guarded,
                       parse, positive, say_next, share, start, train)
 
@@ -164,7 +164,7 @@ def build(args, classes: list, saved: dict | None) -> tuple[S4D, str]:
     note = ""
     if source["stage"] == "finetune":
         theirs = source["architecture"]
-        experts = {name: theirs[name] for name in EXPERT_SETTINGS if name in theirs}
+        experts = {name: theirs[name] for name in experts if name in theirs}
         note = f"\nexperts as in that file of stage 2, not as in the settings: {experts}"
     model = S4D(args.size, *classes, **experts)
     if saved:

@@ -481,7 +481,6 @@ class ViTMoE(MoAE):
 # ---------------------------------------------------------------- checkpoints, ours and released
 
 MODULES = {"pretrain": MaskedAutoencoder, "finetune": S4D}      # by the stage in a checkpoint
-EXPERT_SETTINGS = ("moae_layers", "expert", "experts", "k", "adapter_width", "sigma", "residual")
 RELEASED_NAMES = ("patch_embed.", "blocks.", "norm.", "fc_norm.", "head.image.", "head.video.",
                   "encoder.patch_embed.", "encoder.blocks.", "encoder.norm.",
                   "encoder_to_decoder.", "mask_token", "decoder.")
