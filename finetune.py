@@ -67,15 +67,8 @@ def settings() -> argparse.ArgumentParser:
     return p
 
 
-def size_of_pretrained(args) -> str:
-    """The size of the checkpoint that --pretrained names, or base."""
-    if args.pretrained in (None, "none") or not Path(args.pretrained).exists():
-        return "base"
-    return read_checkpoint(args.pretrained)["architecture"]["size"]
-
-
 def main() -> None:
-    args = parse(settings(), TINY, size_of_pretrained)
+    args = parse(settings(), TINY)
     drawn = args.dataset == "synthetic"
     if args.image_dataset is None:
         args.image_dataset = "synthetic-images" if drawn else "affectnet-7"

@@ -338,12 +338,16 @@ def default_workers() -> int:
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def parse(p: argparse.ArgumentParser, tiny: dict, size_of=lambda args: "base"):
+def parse(p: argparse.ArgumentParser, tiny: dict) -> argparse.Namespace:
     """Read the command line. The size is found first, as tiny brings defaults of its own: where
-    --size does not tell, it is tiny on drawn faces and size_of(args) elsewhere."""
+    --size does not tell, drawn faces, --pretrained or else the paper do."""
     args, _ = p.parse_known_args()
-    drawn = args.dataset.startswith("synthetic")
-    size = args.size or ("tiny" if drawn else size_of(args))
+    size = args.size or "base"
+    pretrained = Path(vars(args).get("pretrained") or "none")   # stage 1 has no such setting
+    if args.size is None and args.dataset.startswith("synthetic"):
+        size = "tiny"
+    elif args.size is None and pretrained.is_file():
+        size = read_checkpoint(pretrained)["architecture"]["size"]
     p.set_defaults(size=size, **(tiny if size == "tiny" else {}))
     return p.parse_args()
 
