@@ -52,13 +52,9 @@ class Size:
     frames: int = 16
     tubelet: int = 2
 
-    @property
-    def image_tokens(self) -> int:
-        return (self.pixels // self.patch) ** 2
-
-    @property
-    def video_tokens(self) -> int:
-        return self.frames // self.tubelet * self.image_tokens
+    def tokens(self, modality: str) -> int:
+        of_a_slot = (self.pixels // self.patch) ** 2
+        return of_a_slot if modality == "image" else self.frames // self.tubelet * of_a_slot
 
 
 SIZES = {
@@ -235,7 +231,7 @@ class ViT(nn.Module):
         super().__init__()
         self.size = size
         self.patch_embed = PatchEmbed(size)
-        table = sincos_table(size.video_tokens, size.width)
+        table = sincos_table(size.tokens("video"), size.width)
         self.register_buffer("positions", table, persistent=False)
         self.blocks = nn.Sequential()
         for i in range(size.depth):
@@ -276,7 +272,7 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = ViT(self.size, experts={}, final_norm=True)
         self.encoder_to_decoder = nn.Linear(self.size.width, width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        table = sincos_table(self.size.video_tokens, width)
+        table = sincos_table(self.size.tokens("video"), width)
         self.register_buffer("decoder_positions", table, persistent=False)
         values = self.size.tubelet * self.size.patch ** 2 * 3   # P
         blocks = nn.Sequential()

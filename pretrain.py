@@ -83,7 +83,7 @@ def main() -> None:
     ratios = {"image": args.image_mask_ratio, "video": args.video_mask_ratio}
     objective = ReconstructionLoss(model, ratios)
     optimizer, rate = optimisation(args, model, len(schedule_epoch(sources, args.seed, 0)))
-    hidden = {m: masked_tokens(getattr(model.size, f"{m}_tokens"), ratios[m]) for m in sources}
+    hidden = {m: masked_tokens(model.size.tokens(m), ratios[m]) for m in sources}
     describe(process, args, model, sources, rate, f"masked tokens of a sample: {hidden}")
     data = TrainingData(sources, "pretrain", model.size)
     train(process, args, folder, model, objective, optimizer, rate, data)
