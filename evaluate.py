@@ -489,8 +489,6 @@ def show_media(run: Run, checkpoint_file: Path, checkpoint: dict) -> None:
         note = f"{best} {mean.max():.2f}{note}."
         show(run, m, numbers, drawing, f"{len(rows) - 1}. {file.name}", note)
         run.lines.append(f"{file}: {note}")
-    for m, (columns, *rows) in run.predictions.items():
-        run.lines.append(f"\nOwn {m}s: {len(rows)}\n{markdown(columns, rows)}")
 
 
 def read_whole(size: Size, checkpoint: dict, clip, transform) -> tuple:
