@@ -363,7 +363,6 @@ def load_tests(run: Run, file: Path, checkpoint: dict) -> list[Samples]:
             if args.folds:
                 raise UserError(warning)
             run.lines.append(f"warning: {warning}")
-            show(run, "warning", [], of=samples, note=warning)
         if samples.modality == "video":
             trained = name in trained_on or recorded == found
             crop = args.crop or (identity.get("crop") if trained else None)

@@ -220,7 +220,7 @@ class JointLoss(nn.Module):
             cutmix = v2.CutMix(alpha=1.0, num_classes=head.out_features)
             self.mix[m] = v2.RandomChoice([mixup, cutmix])
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         m = modality(x)
         if torch.rand(()) < self.mixing:
             # torchvision mixes images: a clip's frames are taken for further channels of one
@@ -237,7 +237,7 @@ class JointLoss(nn.Module):
         # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic
         # expressions: images and videos
         total = (1 - alpha) * loss_image + alpha * loss_video
-        return weight * total
+        return total
 
 
 if __name__ == "__main__":

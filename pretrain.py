@@ -133,16 +133,16 @@ class ReconstructionLoss(nn.Module):
         self.model = model
         self.ratios = ratios
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # `train` passes labels in both stages; this one needs none
         loss, _, _ = self.model(x, mask_ratio=self.ratios[modality(x)])
-        return weight * loss
+        return loss
 
 
 # ---------------------------------------------------------------------- the loop of both stages
 
 def train(process, args, folder, model, objective, optimizer, rate, data, test=None):
-    """Train `model` through `objective`, a module from (x, labels, weight) to loss times weight.
+    """Train `model` through `objective`, a module from (x, labels) to the loss.
 
     Returns `state`, all there is of a run beside weights and moments: what is random follows from
     the seed, the epoch, the step and the micro-batch. test() gives scores of the model as it is.
@@ -176,7 +176,7 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
                 x = to_float(process.upload(x))
                 ddp.require_backward_grad_sync = micro.is_last  # DDP adds gradients up once a step
                 with process.autocast():
-                    loss = ddp(x, process.upload(labels), micro.weight)
+                    loss = micro.weight * ddp(x, process.upload(labels))
                 (loss * process.world).backward()               # DDP averages over the processes
                 total += loss.detach()
 
