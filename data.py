@@ -422,9 +422,7 @@ def overlap(train: Samples, test: Samples) -> str:
 
 
 # ==================================================================================================
-# From here on loading processes and files: where data sets lie, lists, readers. On a first reading
-# skip to pretrain.py.
-# ==================================================================================================
+# From here on loading processes and files: data sets, lists, readers. Skip to pretrain.py at first.
 
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
     """A DataLoader whose batches come, or an error does."""

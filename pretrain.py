@@ -271,7 +271,6 @@ def decayed(named_parameters, weight_decay: float, scale=lambda name: 1.0) -> li
 
 # ==================================================================================================
 # From here on what both stages share and no equation needs: settings, processes, a run's folder.
-# ==================================================================================================
 
 def common_settings(description: str, tiny: dict) -> argparse.ArgumentParser:
     """The settings that both stages have under the same names and with the same defaults."""
