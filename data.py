@@ -10,6 +10,7 @@ B batch    T frames of a clip    H x W pixels    n samples, or frames of a video
 """
 import csv
 import hashlib
+import math
 import os
 import posixpath
 import re
@@ -115,8 +116,8 @@ def pad(numbers: list[int], length: int) -> list[int]:
 # ----------------------------------------------------------------------------------- augmentation
 
 def frame_transform(stage: str, modality: str, pixels: int, strength: str = "paper") -> Callable:
-    """What every frame goes through as it is read, (3, h, w) -> (3, h', w'): nothing random, and
-    from there on memory follows the model's frames. stage, strength: as of `augmentation`."""
+    """What every frame goes through as it is read, (3, h, w) -> (3, h', w'). Nothing random: large
+    frames become small at once, to save memory. stage, strength: as of `augmentation`."""
     if stage == "pretrain":                 # `augmentation` crops: only large frames shrink here
         return partial(shrink, most=2 * pixels)
     if modality == "image" and strength == "paper":
@@ -220,7 +221,7 @@ class Source:
             weight = 1 / counts[self.samples.labels]
             order = rng.choice(n, size=reads, p=weight / weight.sum())
         else:
-            passes = [rng.permutation(n) for _ in range(-(-reads // n))]
+            passes = [rng.permutation(n) for _ in range(math.ceil(reads / n))]
             order = np.concatenate(passes)[:reads]
         size = min(max(1, self.batch // self.repeats), reads)
         return [order[i:i + size] for i in range(0, reads - size + 1, size)]
@@ -425,14 +426,14 @@ def overlap(train: Samples, test: Samples) -> str:
 # From here on loading processes and files: data sets, lists, readers. Skip to pretrain.py at first.
 
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
-    """A DataLoader whose batches come, or an error does."""
+    """A DataLoader that ends in an error instead of hanging."""
     return torch.utils.data.DataLoader(dataset, num_workers=workers, worker_init_fn=in_worker,
                                        pin_memory=torch.cuda.is_available(), **options)
 
 
 def in_worker(worker: int) -> None:
-    """Leave signals to the training process, which still needs its workers' batches, and die of a
-    batch that cannot be handed over: the queue's thread would lose it, and everyone wait."""
+    """Ignore signals, as training still needs this process's batches. If a batch does not fit into
+    shared memory, die: torch's own thread would drop it, and training wait for ever."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     Queue._on_queue_feeder_error = lambda queue, error, batch: os._exit(1)

@@ -156,7 +156,7 @@ def observe(model: S4D, data: TestData, process: Process, workers: int,
     experts, layers = model.architecture["experts"], model.architecture["moae_layers"]
     activation = torch.zeros(len(layers), experts, dtype=torch.float64, device=process.device)
     # A token's path is its expert of the largest weight in each layer, or in the last ones where
-    # more than 2^24 paths are possible: a dimension of `paths` each, the last layer first
+    # more than 2^24 paths are possible. paths[e1, e2, ...] counts the tokens that took e1, e2, ...
     length = min(len(layers), int(24 / math.log2(max(2, experts))))
     paths = torch.zeros([experts] * length, dtype=torch.float64, device=process.device)
     gates, hooks = [], []                   # gates: of a layer (B v N, k), the best expert first
@@ -173,7 +173,7 @@ def observe(model: S4D, data: TestData, process: Process, workers: int,
             chosen = torch.stack(gates)                                     # (L, B v N, k)
             ones = torch.ones_like(chosen, dtype=torch.float64)
             activation.scatter_add_(1, chosen.flatten(1), ones.flatten(1))
-            path = chosen[-length:, :, 0].flip(0)                           # (length, B v N)
+            path = chosen[len(layers) - length:, :, 0]                      # (length, B v N)
             paths.index_put_(tuple(path), paths.new_ones(()), accumulate=True)
         row = torch.cat(list(found.values()), 1)                            # (B v, d + C ...)
         rows[index] = row.unflatten(0, views.shape[:2]).mean(1).cpu()  # here a GPU is waited for
@@ -189,7 +189,7 @@ def observe(model: S4D, data: TestData, process: Process, workers: int,
     frequent = []
     for count, place in zip(counts.tolist(), places.tolist()):
         if count:
-            path = np.unravel_index(place, paths.shape)[::-1]               # the first layer first
+            path = np.unravel_index(place, paths.shape)
             frequent.append(([int(expert) for expert in path], count / tokens))
     return Observed(dict(zip(model.head, heads)), features, activation, frequent)
 
@@ -222,15 +222,11 @@ def evaluate(model: S4D, samples: Samples, process: Process,
     return metrics(confusion), observed
 
 
-def gate_statistics(model: S4D, activation: np.ndarray) -> dict[int, dict]:
-    """By layer, numbered as in the checkpoint: each expert's share of the layer's assignments, and
-    the coefficient of variation of these shares (0 = even). activation: (L, E), as observed."""
-    statistics = {}
-    for layer, counts in zip(model.architecture["moae_layers"], activation):
-        share = counts / counts.sum()
-        cv = float(share.std() / share.mean())
-        statistics[layer] = dict(share=share.round(4).tolist(), cv=round(cv, 4))
-    return statistics
+def gate_statistics(model: S4D, activation: np.ndarray) -> dict[int, list[float]]:
+    """Each expert's share of a layer's assignments, by layer, numbered as in the checkpoint.
+    activation: (L, E), as observed."""
+    shares = (activation / activation.sum(1, keepdims=True)).round(4).tolist()
+    return dict(zip(model.architecture["moae_layers"], shares))
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -616,8 +612,8 @@ def show_experts(run: Run, model: S4D, tested: dict) -> None:
         return
     shares = [["layer ↓ expert →", *range(experts)]]
     for m, (samples, seen) in tested.items():
-        for layer, gate in gate_statistics(model, seen.activation).items():
-            shares.append([f"{m}s, layer {layer}", *gate["share"]])
+        for layer, share in gate_statistics(model, seen.activation).items():
+            shares.append([f"{m}s, layer {layer}", *share])
         paths, of_tokens = zip(*seen.paths)
         rows = [["layer"], *zip(layers[-len(paths[0]):], *paths)]
         pens = []
@@ -710,9 +706,12 @@ def show_attention(run: Run, model: S4D, tested: dict) -> None:
 
 def unpatchify(patches: torch.Tensor, size: Size) -> torch.Tensor:
     """The inverse of patchify: (B, N, P) -> uint8 (B, T, 3, H, W); an image has T = tubelet."""
-    side, p = size.pixels // size.patch, size.patch
-    x = patches.unflatten(1, (-1, side, side)).unflatten(-1, (size.tubelet, p, p, 3))
-    x = x.permute(0, 1, 4, 7, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(1, 2)
+    side = size.pixels // size.patch
+    x = patches.unflatten(1, (-1, side, side))
+    x = x.unflatten(-1, (size.tubelet, size.patch, size.patch, 3))
+    # (B, slot, row, column, frame, y, x, 3) -> (B, slot, frame, 3, row, y, column, x)
+    x = x.permute(0, 1, 4, 7, 2, 5, 3, 6)
+    x = x.flatten(6).flatten(4, 5).flatten(1, 2)                            # (B, T, 3, H, W)
     mean = channel_values(IMAGE_MEAN, x.device).view(3, 1, 1)
     std = channel_values(IMAGE_STD, x.device).view(3, 1, 1)
     return (255 * (x * std + mean)).round().clamp(0, 255).to(torch.uint8)

@@ -5,12 +5,13 @@ clips together.
     python finetune.py --dataset synthetic          the same on drawn faces and a tiny model
 
 Each mini-batch comes from one of the two sets and goes through its own head; Eq. (3) is in
-`JointLoss`. The loop around it is pretrain.py's `train`. The model is tested after every epoch or
-every few; the last epoch and the best are reported.
+`JointLoss`. The loop around it is pretrain.py's `train`, which tests the model after every epoch
+or every few.
 
 x: a micro-batch as in pretrain.py    labels: (B,)    C classes    n experts    d token width
 """
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -21,8 +22,7 @@ from torchvision.transforms import v2
 from data import (Samples, Source, TrainingData, dataset_name, hold_out, load_samples, overlap,
                   schedule_epoch, short_name)
 from evaluate import evaluate, gate_statistics
-from model import (S4D, SIZES, UserError, at_least_fp32, initialise, modality,
-                   read_checkpoint)
+from model import (S4D, SIZES, UserError, at_least_fp32, initialise, modality, read_checkpoint)
 from pretrain import (Rate, RunFolder, common_settings, count, decayed, describe, guarded,
                       parse, positive, say_next, share, start, train)
 
@@ -114,9 +114,9 @@ def draw_from(args) -> tuple[dict[str, Source], dict[str, Samples], dict[str, Sa
     """Training sources, validation samples (empty without --validation) and test samples, by
     modality. UserError if a test sample is a training sample too."""
     sources, validation, test = {}, {}, {}
-    micro = args.micro_batch or -(-args.batch_size // 2)
+    micro = args.micro_batch or math.ceil(args.batch_size / 2)
     image_batch = args.image_batch_size or 2 * args.batch_size
-    image_micro = -(-micro * image_batch // args.batch_size)
+    image_micro = math.ceil(micro * image_batch / args.batch_size)
     for m, name in (("video", args.dataset), ("image", args.image_dataset)):
         if name == "none":
             continue

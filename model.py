@@ -421,7 +421,9 @@ class S4D(ViT):
             raise UserError(f"k = {k}: expected 1 to {experts}, the number of experts")
         if not set(moae_layers) <= set(range(depth)):
             raise UserError(f"moae_layers = {moae_layers}: size {size} has layers 0 to {depth - 1}")
-        mixture, inner = {"adapter": (MoAE, adapter_width), "ffn": (ViTMoE, 4 * width)}[expert]
+        mixture, inner = MoAE, adapter_width
+        if expert == "ffn":
+            mixture, inner = ViTMoE, 4 * width
         mixtures = {}
         for i in moae_layers:
             mixtures[i] = mixture(width, inner, experts, k, sigma, residual)
@@ -613,8 +615,8 @@ def initialise(model: S4D, checkpoint: dict, path) -> str:
     else:
         may_be_new = ["moe_layer.", "fc_norm.", "head."]
         not_ours = ["norm.", "decoder.", "encoder_to_decoder.", "mask_token"]
-        if ours["expert"] == "ffn":
-            may_be_new[0] = "moe_layer.router."
+        if ours["expert"] == "ffn":         # copies of the FFN, so that only the gates are new
+            may_be_new = ["moe_layer.router.", "fc_norm.", "head."]
             layers = [f"blocks.{i}" for i in ours["moae_layers"]]
             for name in list(state):
                 layer, _, part = name.partition(".mlp.")

@@ -96,7 +96,7 @@ def main() -> None:
 
 def draw_from(args) -> dict[str, Source]:
     """The training data by modality."""
-    micro = args.micro_batch or -(-args.batch_size // 2)
+    micro = args.micro_batch or math.ceil(args.batch_size / 2)
     sources = {}
     if args.dataset != "none":
         if args.batch_size % args.repeats or micro % args.repeats:
@@ -170,7 +170,7 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
 
             # Forward and backward: this process's micro-batches, whose weighted losses add up
             total = torch.zeros((), device=process.device)
-            for micro, x, labels, errors in of_a_step(batches):
+            for micro, x, labels, errors in batches:
                 leave_out(errors, data.sources[micro.modality].samples, state["left_out"])
                 torch.manual_seed(micro.seed)                   # of masks, mixing and gate noise
                 x = to_float(process.upload(x))
@@ -179,9 +179,11 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
                     loss = micro.weight * ddp(x, process.upload(labels))
                 (loss * process.world).backward()               # DDP averages over the processes
                 total += loss.detach()
+                if micro.is_last:
+                    break
 
-            # The norm is clipped by --clip-grad alone, and is equal in all processes. To read the
-            # numbers is the step's one wait for the device
+            # One sum over the processes, and the step's one wait for the device: of the loss, of the
+            # gradient's norm, which is clipped by --clip-grad only, and of who was told to stop
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             numbers = [total, norm / process.world, total.new_full((), process.signal)]
             loss, norm, stop = process.sum(torch.stack(numbers)).tolist()
@@ -200,14 +202,6 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
                 process.leave()
         end_epoch(process, args, folder, model, optimizer, state, began, test)
     return state
-
-
-def of_a_step(batches):
-    """This process's micro-batches of a step."""
-    for batch in batches:
-        yield batch
-        if batch[0].is_last:
-            return
 
 
 def end_epoch(process, args, folder, model, optimizer, state: dict, began: float, test) -> None:
