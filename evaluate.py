@@ -56,9 +56,9 @@ def recalls(confusion: np.ndarray) -> np.ndarray:
 
 
 def metrics(confusion: np.ndarray) -> dict:
-    """UAR, WAR, their 95 % intervals, recalls and the majority-class baseline, as fractions. A class
-    without samples has no recall (None) and is left out of UAR. Intervals are percentiles of 2,000
-    bootstrap samples."""
+    """UAR, WAR, their 95 % intervals, recalls and what always the most frequent class would have,
+    as fractions. A class without samples has no recall (None) and is left out of UAR. Intervals are
+    percentiles of 2,000 bootstrap samples."""
     total = int(confusion.sum())
     uar = np.nanmean(recalls(confusion))    # unweighted: every class counts the same, however small
     war = np.trace(confusion) / total       # weighted by the classes' sizes: the accuracy

@@ -182,8 +182,8 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
                 if micro.is_last:
                     break
 
-            # One sum over the processes, and the step's one wait for the device: of the loss, of the
-            # gradient's norm, which is clipped by --clip-grad only, and of who was told to stop
+            # One sum over the processes, and the step's one wait for the device: the loss, the norm
+            # of its gradient (clipped by --clip-grad alone), and whether any was told to stop
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             numbers = [total, norm / process.world, total.new_full((), process.signal)]
             loss, norm, stop = process.sum(torch.stack(numbers)).tolist()
