@@ -89,9 +89,10 @@ def pretrain_frames(n: int, frames: int, stride: int) -> list[int]:
 
 
 def train_frames(n: int, frames: int, stride: int) -> list[int]:
-    """Frame numbers of a stage-2 training clip, as released. Of a long video a random window of
-    frames * stride, spread evenly; of a shorter one n // stride numbers spread over all of it, then
-    the last frame again and again. 16 at stride 4: of n = 30 frames 0 5 10 15 20 25 29 29 29 ..."""
+    """Frame numbers of a stage-2 training clip, as released. If the video is longer than frames *
+    stride: `frames` numbers, spread evenly over a random stretch of that length. Else: n // stride
+    numbers, spread evenly over all of it, and then the last frame again and again. So 16 at stride
+    4, of n = 30 frames: 0 5 10 15 20 25 29 29 29 ..."""
     window = frames * stride
     if n > window:
         end = int(torch.randint(window, n, ()))

@@ -1,8 +1,8 @@
 """How often a model is right, and what else the paper shows of a trained model (Section IV).
 
 `metrics` makes UAR and WAR of a confusion matrix; `observe` is one pass over a test set, which
-predictions, features and experts come from; then comes the command. The rest may be skipped on a
-first reading: one's own videos, and what --report shows: analyses, and figures as text.
+predictions, features and experts come from; then comes the command. Below the line of '=' follow
+one's own videos, and what --report shows: analyses, and figures as text.
 
     python evaluate.py --checkpoint runs/dfew/fold1/last.pt           on the test data of its fold
     python evaluate.py --dataset dfew --folds runs/dfew/*/last.pt     five folds' predictions as one
@@ -431,6 +431,9 @@ def evaluate_sets(run: Run, file: Path, checkpoint: dict) -> None:
         show_tasks(run, model, tested)
         show_attention(run, model, tested)
 
+
+# ==================================================================================================
+# From here on one's own videos, and what --report shows. Skip it on a first reading.
 
 # --------------------------------------------------------------------------- own images and videos
 

@@ -197,23 +197,22 @@ class Mlp(nn.Module):
 
 class Layer(nn.Module):
     """A pre-norm ViT layer; with adapters beside its FFN the MoAE layer of Section III-D,
-    Eqs. (10)-(13). In ViT-MoE, which Table V compares, experts replace the FFN."""
+    Eqs. (10)-(13)."""
 
     def __init__(self, width, heads, moe_layer=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        has_ffn = moe_layer is None or moe_layer.beside_ffn
-        self.mlp = Mlp(width, 4 * width) if has_ffn else None
+        self.mlp = Mlp(width, 4 * width)
         self.moe_layer = moe_layer
 
     def forward(self, x):
         # Eq. (10): x' = x + MHSA(LayerNorm(x))
         x = x + self.attn(self.norm1(x))                        # x'   (B, N, d)
         normed = in_autocast_precision(self.norm2(x))           # for FFN, gate and adapters
-        # Eq. (11): x_g = FFN(LayerNorm(x')). Only ViT-MoE has none.
-        generic = 0 if self.mlp is None else self.mlp(normed)   # x_g  (B, N, d)
+        # Eq. (11): x_g = FFN(LayerNorm(x'))
+        generic = self.mlp(normed)                              # x_g  (B, N, d)
         # Eq. (12): x_s = MoAE(LayerNorm(x'))
         specific = 0 if self.moe_layer is None else self.moe_layer(normed)  # x_s  (B, N, d)
         # Eq. (13): x_o = x' + x_g + x_s
@@ -370,7 +369,6 @@ class NoisyTopKGate(nn.Module):
 class MoAE(nn.Module):
     """Mixture of adapter experts: a gate and n adapters of inner width r, (B, N, d) -> (B, N, d).
     residual: the x in Eq. (8), which the released experts lack."""
-    beside_ffn = True
 
     def __init__(self, width, inner, experts=8, k=2, sigma=None, residual=True):
         super().__init__()
@@ -428,6 +426,9 @@ class S4D(ViT):
         for i in moae_layers:
             mixtures[i] = mixture(width, inner, experts, k, sigma, residual)
         super().__init__(SIZES[size], mixtures)
+        if expert == "ffn":
+            for i in moae_layers:
+                self.blocks[i].mlp = NoFFN()
         # A checkpoint keeps this, and the model is rebuilt from it.
         self.architecture = dict(
             size=size, image_classes=list(image_classes), video_classes=list(video_classes),
@@ -461,10 +462,16 @@ class S4D(ViT):
 # ==============================================================================================
 # From here on what no equation needs: ViT-MoE, checkpoints, two tables. Skip it at first.
 
+class NoFFN(nn.Module):
+    """In ViT-MoE, which Table V compares, experts replace the FFN: x_g of Eq. (11) is 0."""
+
+    def forward(self, x):
+        return 0
+
+
 class ViTMoE(MoAE):
-    """ViT-MoE's experts, FFNs in the place of the layer's own. They are too large to compute them
-    all: each computes its own tokens."""
-    beside_ffn = False
+    """ViT-MoE's experts, FFNs. They are too large to compute them all: each computes its own
+    tokens."""
 
     def forward(self, x):
         weights, chosen = self.router(x)                        # (B, N, k) each
