@@ -419,9 +419,8 @@ class S4D(ViT):
             raise UserError(f"k = {k}: expected 1 to {experts}, the number of experts")
         if not set(moae_layers) <= set(range(depth)):
             raise UserError(f"moae_layers = {moae_layers}: size {size} has layers 0 to {depth - 1}")
-        mixture, inner = MoAE, adapter_width
-        if expert == "ffn":
-            mixture, inner = ViTMoE, 4 * width
+        kinds = {"adapter": (MoAE, adapter_width), "ffn": (ViTMoE, 4 * width)}
+        mixture, inner = kinds[expert]
         mixtures = {}
         for i in moae_layers:
             mixtures[i] = mixture(width, inner, experts, k, sigma, residual)
