@@ -45,9 +45,9 @@ from evaluate import grid, markdown, observe  # noqa: E402
 from faces import write_faces  # noqa: E402
 from finetune import JointLoss  # noqa: E402
 from model import MASK_RATIO, S4D, SIZES, MaskedAutoencoder, MoAE, modality, random_mask  # noqa: E402
-from pretrain import (PRECISIONS, Process, Rate, ReconstructionLoss, compile_layers, decayed, start,  # noqa: E402
-                      train)
+from pretrain import Process, Rate, ReconstructionLoss, compile_layers, decayed, start, train  # noqa: E402
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def timed(run, turn: int) -> tuple[float, float]:
@@ -126,7 +126,7 @@ def peer_loss(step: str, x: torch.Tensor, labels: torch.Tensor, size: str, exper
         model = transformers.VideoMAEForVideoClassification(config).to(x.device).train()
         return model, lambda: model(pixels, labels=labels).loss
     model = transformers.VideoMAEForPreTraining(config).to(x.device).train()
-    tokens = frames // shape.tubelet * shape.image_tokens
+    tokens = frames // shape.tubelet * shape.tokens("image")
     mask = partial(random_mask, len(x), tokens, MASK_RATIO[name], x.device)
     return model, lambda: model(pixels, bool_masked_pos=mask()).loss
 
@@ -439,11 +439,10 @@ def training_step(process: Process, objective, name: str):
     samples = data.Samples("", name, CLASSES, ROOT, np.full(4, b""), np.zeros(4, np.int64))
     sources = {name: data.Source(samples, batch=4, micro=2)}
     drawn = Mock(sources=sources, batch=[random_batch(name, 2, model.size), torch.zeros(2).long(), []])
-    args = Mock(epochs=1, workers=0, compile=None, clip_grad=None)
+    args = Mock(seed=0, epochs=1, workers=0, compile=None, clip_grad=None)
     folder = Mock(**{"load.return_value": None, "due.return_value": False})
     optimizer = torch.optim.AdamW(decayed(model.named_parameters(), 0.05), fused=True)
-    schedule = data.Schedule(sources, 0, 1, 0, 1)
-    return partial(train, process, args, folder, model, objective, optimizer, Rate(1e-4, 0, 1, 0, 0), schedule, drawn)
+    return partial(train, process, args, folder, model, objective, optimizer, Rate(1e-4, 0, 1, 0, 0), drawn)
 
 
 def evaluate_batch(process: Process, model: S4D) -> None:
@@ -458,7 +457,7 @@ def benchmark_count(size: str) -> None:
     make_tensor = torch.tensor
     tensor = lambda *values, device="cpu", **options: make_tensor(*values, **options).to(device)  # noqa: E731
     loader = lambda drawn, *_, sampler, **options: ([micro, *drawn.batch] for micro in sampler)  # noqa: E731
-    process = Process(0, 1, GPU, torch.bfloat16)
+    process = Process(0, 1, GPU, "bf16")
     rows = []
     with (Asked() as asked, patch("torch.tensor", tensor), patch("pretrain.loader", loader),
           patch("model.attend", torch.nn.functional.scaled_dot_product_attention),

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (CATALOGUE, Samples, Schedule, Source, TrainingData, boxed, catalogue, dataset_name,  # noqa: E402
+from data import (CATALOGUE, Samples, Source, TrainingData, boxed, catalogue, dataset_name, deal,  # noqa: E402
                   hold_out, load_samples, loader, open_clip, overlap, read_clip, read_image, resampled, shortened,
                   test_frames)
 from model import MASK_RATIO, SIZES, UserError, random_mask, whole_file  # noqa: E402
@@ -215,7 +215,7 @@ def show(args) -> torch.Tensor:
     stage = "finetune" if classes and not args.mask else "pretrain"
     batch = 8 if m == "video" else 16 * max(1, len(classes))
     sources = {m: Source(samples, batch, batch, balanced=m == "image" and stage == "finetune")}
-    micro = next(iter(Schedule(sources, args.seed, 1, 0, 1)))
+    micro = next(deal(sources, args.seed, 1, 0, 1, 0, 0))
     micro, x, labels, errors = TrainingData(sources, stage, size, strength)[micro]
     if errors:
         raise UserError(errors[0])
@@ -224,7 +224,7 @@ def show(args) -> torch.Tensor:
         torch.manual_seed(micro.seed)       # the masks that training draws for this batch on the CPU
         cells = size.pixels // size.patch
         ratio = TINY[f"{m}_mask_ratio"] if tiny else MASK_RATIO[m]
-        hidden = random_mask(len(x), getattr(size, f"{m}_tokens"), ratio).unflatten(1, (-1, cells, cells))
+        hidden = random_mask(len(x), size.tokens(m), ratio).unflatten(1, (-1, cells, cells))
         for dim, times in enumerate((size.tubelet, size.patch, size.patch), start=1):
             hidden = hidden.repeat_interleave(times, dim)
         x = x.masked_fill(hidden[:, :x.shape[1], None], 128)
@@ -282,8 +282,8 @@ def split(name: str, data_root: Path, share: float, person: str | None, output: 
 
 def settings() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folder", nargs="?", type=dataset_name(), metavar="DATASET", help="the same as --dataset")
-    p.add_argument("--dataset", type=dataset_name(), help="as in finetune.py and pretrain.py")
+    p.add_argument("folder", nargs="?", type=dataset_name, metavar="DATASET", help="the same as --dataset")
+    p.add_argument("--dataset", type=dataset_name, help="as in finetune.py and pretrain.py")
     p.add_argument("--data-root", type=Path, default="data", help="folder of all data sets (data)")
     p.add_argument("--fold", type=number(int, 1), help="of cross-validation (all, --show: 1)")
     p.add_argument("--stride", type=number(int, 1), help="of the frames of a clip (the data set's)")

@@ -215,8 +215,8 @@ def experts(gates: dict) -> str:
     """The share of a layer's assignments that each expert receives. gates: by modality, then layer, as in log.jsonl."""
     rows = []
     for m, name in (("video", "clips"), ("image", "photographs")):
-        for layer, statistics in gates[m].items():
-            rows.append([f"{name}, layer {layer}", *statistics["share"]])
+        for layer, share in gates[m].items():
+            rows.append([f"{name}, layer {layer}", *share])
     columns = [str(number) for number in range(len(rows[0]) - 1)]
     return grid([["expert", *columns], *rows], high=0.4)
 

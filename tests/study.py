@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import faces  # noqa: E402  (needs the path above)
 import finetune  # noqa: E402
 import pretrain  # noqa: E402
-from data import Schedule, Source, TrainingData, load_samples, read_sample  # noqa: E402
+from data import Source, TrainingData, load_samples, read_sample, schedule_epoch  # noqa: E402
 from evaluate import evaluate, markdown  # noqa: E402
 from model import MaskedAutoencoder  # noqa: E402
 from pictures import curves  # noqa: E402
@@ -113,13 +113,13 @@ class World:
         return p.parse_args(["--seed", str(self.seed), *flags.split()])
 
     def train(self, script, args, model, objective, sources: dict[str, Source]) -> None:
-        stage, schedule = script.__name__, Schedule(sources, self.seed, args.epochs, 0, 1)
-        assert schedule.steps_per_epoch() == sum(STEPS[stage].values())
-        optimizer, rate = script.optimisation(args, model, schedule.steps_per_epoch())
+        stage, steps = script.__name__, len(schedule_epoch(sources, self.seed, 0))
+        assert steps == sum(STEPS[stage].values())
+        optimizer, rate = script.optimisation(args, model, steps)
         folder = Mock(stage=stage, **{"load.return_value": None, "due.return_value": False})  # nothing goes on or stays
         data = InMemory(sources, stage, model.size, "light")
         data.memory = self.memory[stage]
-        pretrain.train(self.process, args, folder, model, objective, optimizer, rate, schedule, data)
+        pretrain.train(self.process, args, folder, model, objective, optimizer, rate, data)
 
     def stage_1(self, start: str) -> Path:
         """The checkpoint of a stage 1, trained if it is not there yet."""

@@ -14,7 +14,7 @@ from conftest import ROOT, run_here
 from PIL import Image
 
 import data
-from data import CATALOGUE, Samples, Schedule, Source, load_samples
+from data import CATALOGUE, Samples, Source, deal, load_samples
 from model import Size, UserError
 
 SHARED = ROOT.parent / "shared"
@@ -348,19 +348,29 @@ def test_own_clips_through_stage_2_and_evaluation(faces, tmp_path):
     text = run_here(tmp_path, "finetune.py", "--dataset", "faces", "--image-dataset", "none", "--size", "tiny",
                     "--epochs", 1, "--warmup-epochs", 0, "--pretrained", "none", "--workers", 1, "--crop", "2,2,60,60")
     assert "writing to runs/faces/fold1" in text and "faces/train: angry, disgust" in text
-    text = run_here(tmp_path, "pretrain.py", "--image-dataset", "faces", status=1)
-    assert "faces holds videos with labels: expected images or none or frames" in " ".join(text.split())
+    text = run_here(tmp_path, "pretrain.py", "--dataset", "none", "--image-dataset", "faces", status=1)
+    assert "faces holds videos: expected images" in text
 
 
-@pytest.mark.parametrize("name, fits", [("affectnet-7", False), ("voxceleb2", False), ("lost.csv", False), ("x", False),
-                                        ("dfew", True), ("none", True)])
-def test_a_stage_takes_data_sets_of_its_kind(name, fits):
-    check = data.dataset_name("video", labelled=True, others=("none",))
+@pytest.mark.parametrize("script, options, said", [
+    ("finetune.py", ["--dataset", "affectnet-7"], "affectnet-7 holds images: expected videos"),
+    ("finetune.py", ["--dataset", "synthetic", "--image-dataset", "dfew"], "dfew holds videos: expected images"),
+    ("finetune.py", ["--dataset", "synthetic-unlabelled"], "synthetic-unlabelled has no labels"),
+    ("pretrain.py", ["--dataset", "affectnet-7"], "affectnet-7 holds images: expected videos"),
+    ("pretrain.py", ["--dataset", "none", "--image-dataset", "voxceleb2"], "voxceleb2 holds videos: expected images")])
+def test_a_stage_takes_data_sets_of_its_kind(faces, tmp_path, script, options, said):
+    more = ["--pretrained", "none"] if script == "finetune.py" else []
+    text = run_here(tmp_path, script, *options, *more, "--data-root", faces, status=1)
+    assert text.splitlines()[-1].startswith(f"error: {said}") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, fits", [("lost.csv", False), ("x", False), ("dfew", True), ("none", True)])
+def test_names_of_data_sets_that_there_are_none_of_are_refused(name, fits):
     if fits:
-        assert check(name) == name
+        assert data.dataset_name(name) == name
     else:
         with pytest.raises((UserError, FileNotFoundError), match=name):
-            check(name)
+            data.dataset_name(name)
 
 
 # -------------------------------------------------------------------------------------------------- clip sampling
@@ -496,7 +506,18 @@ def joint_sources() -> dict[str, Source]:
 
 
 def content(micro: data.MicroBatch) -> tuple:
-    return micro.modality, micro.epoch, micro.step, micro.place, tuple(micro.index), micro.seed
+    return micro.modality, tuple(micro.index), micro.seed
+
+
+def in_steps(micros) -> list[list[data.MicroBatch]]:
+    """A process's micro-batches by the steps that their last ones end."""
+    steps = [[]]
+    for micro in micros:
+        steps[-1].append(micro)
+        if micro.is_last:
+            steps.append([])
+    assert steps.pop() == []
+    return steps
 
 
 def drawn(steps: list, source: str) -> list[int]:
@@ -513,8 +534,6 @@ def test_an_epoch_is_half_of_the_images_and_all_clips_in_shuffled_single_source_
     assert sorted(drawn(steps, "video")) == list(range(24))
     assert [sum(len(micro.index) for micro in step) for step in steps] == [8 if s == "image" else 6 for s in order]
     assert [len(micro.index) for step in steps if step[0].modality == "video" for micro in step] == [4, 2] * 4
-    assert [(micro.epoch, micro.step) for step in steps for micro in step] == [
-        (0, i) for i, step in enumerate(steps) for _ in step]
 
 
 def test_balanced_drawing_gives_each_class_its_equal_share_with_replacement():
@@ -531,19 +550,16 @@ def test_balanced_drawing_gives_each_class_its_equal_share_with_replacement():
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_the_same_samples_and_seeds_for_any_number_of_processes(world):
     sources = joint_sources()
-    ranks = [list(Schedule(sources, 3, 2, rank, world)) for rank in range(world)]
+    ranks = [in_steps(deal(sources, 3, 2, rank, world, 0, 0)) for rank in range(world)]
     steps = [step for epoch in (0, 1) for step in data.schedule_epoch(sources, 3, epoch)]
-    assert len(steps) == 2 * Schedule(sources, 3, 2, 0, world).steps_per_epoch()
-    for step in steps:
-        at = step[0].epoch, step[0].step
-        held = [[micro for micro in rank if (micro.epoch, micro.step) == at] for rank in ranks]
-        working = sorted((micro for rank in held for micro in rank if micro.weight > 0), key=lambda m: m.place)
+    assert len(steps) == 2 * len(data.schedule_epoch(sources, 3, 0))
+    for step, *held in zip(steps, *ranks, strict=True):  # every process ends each step, also one with nothing to do
+        place = {micro.seed: i for i, micro in enumerate(step)}
+        working = sorted((micro for rank in held for micro in rank if micro.weight > 0), key=lambda m: place[m.seed])
         assert [content(micro) for micro in working] == [content(micro) for micro in step]
         assert sum(micro.weight for rank in held for micro in rank) == pytest.approx(1)
         samples = sum(len(micro.index) for micro in step)
         assert [micro.weight for micro in working] == pytest.approx([len(m.index) / samples for m in working])
-        for rank in held:                   # every process ends the step, also one that has nothing to do
-            assert [micro.is_last for micro in rank] == [False] * (len(rank) - 1) + [True]
         assert sum(rank[0].weight == 0 for rank in held) == max(0, world - len(step))
 
 
@@ -554,7 +570,7 @@ def test_the_schedule_depends_on_seed_and_epoch_alone():
     assert epoch_of(0, 1) == epoch_of(0, 1)
     micros = epoch_of(0, 0) + epoch_of(0, 1) + epoch_of(1, 0) + epoch_of(1, 1)
     assert len({micro[-1] for micro in micros}) == len(micros)  # no two micro-batches share a seed
-    orders = {tuple(micro[4] for micro in epoch_of(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}
+    orders = {tuple(micro[1] for micro in epoch_of(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}
     assert len(orders) == 6
 
 
@@ -562,9 +578,10 @@ def test_the_schedule_depends_on_seed_and_epoch_alone():
 def test_resuming_continues_the_same_sequence(epoch, step):
     sources = joint_sources()               # 11 steps an epoch: (1, 11) is the end of epoch 1
     for rank, world in ((0, 1), (1, 3)):
-        whole = list(Schedule(sources, 0, 3, rank, world))
-        rest = list(Schedule(sources, 0, 3, rank, world, (epoch, step)))
-        expected = [micro for micro in whole if (micro.epoch, micro.step) >= (epoch, step)]
+        whole = in_steps(deal(sources, 0, 3, rank, world, 0, 0))
+        rest = list(deal(sources, 0, 3, rank, world, epoch, step))
+        expected = [micro for held in whole[11 * epoch + step:] for micro in held]
+        assert len(whole) == 33
         assert rest and [(*content(m), m.weight, m.is_last) for m in rest] == [(*content(m), m.weight, m.is_last)
                                                                            for m in expected]
 
@@ -616,7 +633,7 @@ def training_data(faces: Path, stage: str = "finetune") -> tuple[dict[str, Sourc
 def test_workers_do_not_change_the_samples(faces, stage):
     def run(workers):
         sources, dataset = training_data(faces, stage)
-        return list(data.loader(dataset, workers, batch_size=None, sampler=Schedule(sources, 0, 1, 0, 1)))
+        return list(data.loader(dataset, workers, batch_size=None, sampler=deal(sources, 0, 1, 0, 1, 0, 0)))
 
     here, there = run(0), run(2)
     assert {micro.modality for micro, *_ in here} == {"image", "video"} and len(here) == len(there) == 2 * (6 + 3)
@@ -631,7 +648,7 @@ def test_repeats_are_4_different_crops_of_one_decoded_clip(faces, monkeypatch):
     monkeypatch.setattr(data, "read_clip", lambda clip, *how: asked.append(clip.path) or read(clip, *how))
     samples = load_samples("synthetic-unlabelled", faces, "train")
     sources = {"video": Source(samples, batch=8, micro=8, repeats=4)}
-    micro = next(iter(Schedule(sources, 0, 1, 0, 1)))
+    micro = next(deal(sources, 0, 1, 0, 1, 0, 0))
     _, x, labels, _ = data.TrainingData(sources, "pretrain", SMALL)[micro]
     assert asked == [samples.path(i) for i in micro.index] and len(asked) == 2
     assert x.shape == (8, 16, 3, 32, 32) and labels.tolist() == [-1] * 8
@@ -645,7 +662,7 @@ def test_an_unreadable_sample_is_left_out_and_named_and_leaves_the_others_as_the
     shutil.copytree(samples.root, tmp_path / "broken")
     broken = replace(samples, root=tmp_path / "broken")
     broken.path(1).write_text("no image")
-    micro = data.MicroBatch("image", 0, 0, 0, np.array([0, 1, 2]), 1.0, True, seed=5)
+    micro = data.MicroBatch("image", np.array([0, 1, 2]), 1.0, True, seed=5)
 
     def read(samples, micro):
         return data.TrainingData({"image": Source(samples, 3, 3)}, "finetune", SMALL)[micro]
@@ -712,7 +729,7 @@ def test_a_box_is_cut_out_of_every_frame_in_training_and_test(tmp_path, modality
 def test_what_loading_processes_get_can_be_sent_to_spawned_ones(faces):
     sources, dataset = training_data(faces)
     dataset.sources["image"].samples.box = (0, 0, 60, 60)
-    micro = next(iter(Schedule(sources, 0, 1, 0, 1)))
+    micro = next(deal(sources, 0, 1, 0, 1, 0, 0))
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy[micro][1], dataset[micro][1])
     test = data.TestData(sources["video"].samples, SMALL)

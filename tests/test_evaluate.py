@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ import data
 import evaluate
 from data import load_samples, open_clip, read_clip, to_float
 from evaluate import (attention, class_centres, class_numbers, confusion_matrix, covering_frames, cross_task,
-                      gate_statistics, join_folds, markdown, metrics, observe, reconstruct, table, unpatchify)
+                      gate_statistics, join_folds, markdown, metrics, observe, reconstruct, unpatchify)
 from model import S4D, MaskedAutoencoder, UserError, normalised_target, patchify, unnamed
 from pretrain import Process
 
-CPU = Process(0, 1, torch.device("cpu"), torch.float32)
+CPU = Process(0, 1, torch.device("cpu"), "fp32")
 CLIP_CLASSES = ["happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"]
 IMAGE_CLASSES = ["neutral", "happy", "sad", "surprise", "fear", "disgust", "anger"]
 
@@ -31,24 +32,19 @@ IMAGE_CLASSES = ["neutral", "happy", "sad", "surprise", "fear", "disgust", "ange
 # ------------------------------------------------------------------------------------------------ numbers, by hand
 
 def plain_scores(labels, predictions, classes):
-    """UAR, WAR, macro and weighted F1 from their definitions."""
-    recalls, f1, weighted = [], [], 0
+    """UAR and WAR from their definitions."""
+    recalls = []
     for c in range(classes):
         hits = sum(label == c == p for label, p in zip(labels, predictions))
-        support, predicted = labels.count(c), predictions.count(c)
-        if support:
+        if support := labels.count(c):
             recalls.append(hits / support)
-        if support or predicted:
-            precision, recall = hits / max(predicted, 1), hits / max(support, 1)
-            f1.append(2 * precision * recall / (precision + recall) if hits else 0)
-            weighted += f1[-1] * support
     hits = sum(label == p for label, p in zip(labels, predictions))
-    return sum(recalls) / len(recalls), hits / len(labels), sum(f1) / len(f1), weighted / len(labels)
+    return sum(recalls) / len(recalls), hits / len(labels)
 
 
 def scores_in_order(labels, predictions, classes):
     scores = metrics(confusion_matrix(np.array(labels), np.array(predictions), classes))
-    return [scores[name] for name in ("uar", "war", "macro_f1", "weighted_f1")]
+    return [scores[name] for name in ("uar", "war")]
 
 
 @pytest.mark.parametrize("labels, predictions, classes", [
@@ -71,9 +67,9 @@ def drawn(seed, n, classes):
     return labels, [guess if coin % 2 else label for label, guess, coin in zip(labels, guesses, numbers[2 * n:])]
 
 
-# balanced_accuracy_score, accuracy_score and f1_score (macro, weighted) of scikit-learn 1.9.1 for drawn(*arguments)
-SCIKIT_LEARN = {(1, 200, 7): (0.538948, 0.54, 0.536563, 0.541259), (2, 60, 11): (0.437013, 0.416667, 0.396081, 0.38838),
-                (3, 9, 5): (0.75, 0.888889, 0.666667, 0.851852), (4, 1, 4): (0, 0, 0, 0)}
+# balanced_accuracy_score and accuracy_score of scikit-learn 1.9.1 for drawn(*arguments)
+SCIKIT_LEARN = {(1, 200, 7): (0.538948, 0.54), (2, 60, 11): (0.437013, 0.416667), (3, 9, 5): (0.75, 0.888889),
+                (4, 1, 4): (0, 0)}
 
 
 @pytest.mark.parametrize("arguments", SCIKIT_LEARN)
@@ -87,7 +83,7 @@ def test_intervals_are_those_of_resampled_predictions():
     resampled = []
     for _ in range(2000):
         index = rng.integers(120, size=120)
-        resampled.append(plain_scores(labels[index].tolist(), predictions[index].tolist(), 4)[:2])
+        resampled.append(plain_scores(labels[index].tolist(), predictions[index].tolist(), 4))
     for name, values in zip(("uar", "war"), np.transpose(resampled)):
         assert scores[f"{name}_interval"] == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.015)
         assert scores[f"{name}_interval"][0] < scores[name] < scores[f"{name}_interval"][1]
@@ -117,17 +113,26 @@ def test_a_table_is_markdown_and_aligned():
     text = markdown(["", "UAR", "n"], [["a", 0.5, 12], ["long name", None, None]])
     assert text.split("\n") == ["|           |    UAR |  n |", "| --------- | -----: | -: |",
                                 "| a         | 0.5000 | 12 |", "| long name |      - |  - |"]
-    lines = table(metrics(np.array([[3, 0], [1, 0]])), ("happy", "sad")).split("\n")
-    assert lines[0].startswith("UAR 0.5000 (0.5000 to 1.0000)  WAR 0.7500 (")
-    assert lines[1] == "always the most frequent class: UAR 0.5000  WAR 0.7500"
-    assert [cell.strip() for cell in lines[5].split("|")[1:-1]] == ["happy", "3", "0", "1.0000"]
+
+
+def test_scores_are_printed_with_the_majority_baseline_and_the_recalls(faces):
+    run, samples = evaluate.Run(Mock(report=None, media=[]), CPU), load_samples("synthetic", faces, "test")
+    scores = metrics(np.array([[3, 0], [1, 0]])) | dict(classes=["happy", "sad"], checkpoint="best.pt")
+    evaluate.show_scores(run, "faces", samples, scores)
+    title, first, second, empty, *lines = run.lines[0].strip().split("\n")
+    assert title == "faces: 4 test samples, best.pt" and first.startswith("UAR 0.5000 (0.5000 to 1.0000)  WAR 0.7500 (")
+    assert second == "always the most frequent class: UAR 0.5000  WAR 0.7500" and empty == ""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[0] == ["true \\ predicted", "happy", "sad", "recall"] and cells[2] == ["happy", "3", "0", "1.0000"]
+    assert cells[3] == ["sad", "1", "0", "0.0000"] and len(cells) == 4
 
 
 def test_gate_statistics_are_shares_of_each_layer():
     model = S4D("tiny", IMAGE_CLASSES, CLIP_CLASSES, experts=4)
     gates = gate_statistics(model, np.array([[1, 1, 1, 1], [3, 1, 0, 0]]))
-    assert gates[2] == dict(share=[0.25] * 4, cv=0) and gates[3]["share"] == [0.75, 0.25, 0, 0]
-    assert gates[3]["cv"] == pytest.approx(np.std([3, 1, 0, 0]), abs=1e-4)  # their mean is 1
+    assert gates == {2: [0.25] * 4, 3: [0.75, 0.25, 0, 0]}
+    gates = gate_statistics(model, np.array([[1, 1, 1, 0], [2, 0, 1, 0]]))
+    assert gates == {2: [0.3333, 0.3333, 0.3333, 0], 3: [0.6667, 0, 0.3333, 0]}
 
 
 def test_cross_task_compares_by_name_the_classes_that_both_have(faces):
@@ -247,9 +252,9 @@ def save(path, seed=0, fold=1, classes=(IMAGE_CLASSES, CLIP_CLASSES), **identity
         parameter.data.mul_(2)
     path.parent.mkdir(parents=True, exist_ok=True)
     identity = dict(dataset="synthetic", image_dataset="synthetic-images", fold=fold,
-                    pretrained=str(path.parents[1] / "pre.pt")) | identity
+                    pretrained=str(path.parents[1] / "pre.pt"), precision="fp32") | identity
     torch.save(dict(stage="finetune", architecture=model.architecture, model=model.state_dict(), identity=identity,
-                    made_by=dict(precision="fp32"), state=dict(epoch=1)), path)
+                    made_by={}, state=dict(epoch=1)), path)
     return path
 
 
@@ -427,7 +432,7 @@ def test_results_are_written_at_the_end_whoever_reads(runs, faces, tmp_path, mon
     run_here(tmp_path, *command, runs / "fold1/best.pt")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "table", lambda *arguments: 1 / 0)
+        patch.setattr(evaluate, "markdown", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_here(tmp_path, *command, runs / "fold2/best.pt")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shlex
-from unittest import mock
 
 import pytest
 from conftest import ROOT, run_here
@@ -45,13 +44,11 @@ def different(runs: dict[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, faces):
-    """Where the page's commands run: the data, and the stage 1 that most of stage 2 starts from. Without stage 2's last
-    words, which are two evaluations more."""
+    """Where the page's commands run: the data, and the stage 1 that most of stage 2 starts from."""
     path = tmp_path_factory.mktemp("rows")
     (path / "data").symlink_to(faces)
     run_here(path, *small(RUNS["dual"]))
-    with mock.patch("finetune.report"):
-        yield path
+    return path
 
 
 @pytest.mark.parametrize("name", different(RUNS))

@@ -11,7 +11,7 @@ import study
 from faces import write_faces
 from readme import ROOT
 
-from data import MicroBatch, Source, TrainingData
+from data import MicroBatch, Source, TrainingData, deal
 from model import SIZES
 
 
@@ -32,8 +32,8 @@ def small(monkeypatch):
 def test_all_rows_train_for_the_same_number_of_steps_whatever_they_see(world, small, monkeypatch):
     seen = {}
 
-    def train(process, args, folder, model, objective, optimizer, rate, schedule, data):
-        steps = [micro for micro in schedule if micro.is_last]
+    def train(process, args, folder, model, objective, optimizer, rate, data):
+        steps = [micro for micro in deal(data.sources, args.seed, args.epochs, 0, 1, 0, 0) if micro.is_last]
         seen[current] = len(steps), {m: sum(micro.modality == m for micro in steps) for m in data.sources}, rate.steps
     monkeypatch.setattr(study.pretrain, "train", train)
     monkeypatch.setattr(study, "evaluate", lambda *given: ({"uar": 0.5}, None))
@@ -56,7 +56,7 @@ def test_a_world_in_memory_gives_the_same_batches(world):
                        ("finetune", ("image", "train"))):
         m, samples = key[0], world.samples[key]
         sources = {m: Source(samples, 4, 4)}
-        micro = MicroBatch(m, 0, 0, 0, np.array([3, 1, 3]), 1.0, True, seed=5)
+        micro = MicroBatch(m, np.array([3, 1, 3]), 1.0, True, seed=5)
         plain = TrainingData(sources, stage, SIZES["tiny"], "light")[micro]
         for _ in range(2):
             data = study.InMemory(sources, stage, SIZES["tiny"], "light")

@@ -9,12 +9,13 @@ from conftest import quick, run_here
 
 import data
 import finetune
+import pretrain
 from evaluate import observe
 from model import S4D, MaskedAutoencoder, UserError
-from pretrain import Process, Rate, decayed
+from pretrain import Process, Rate
 
 CLASSES = ["calm", "glad", "sad"]
-ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
+ALONE = Process(0, 1, torch.device("cpu"), "fp32")
 
 
 @pytest.mark.parametrize("settings", [{}, dict(expert="ffn"), dict(experts=32, k=1), dict(sigma=0.5)])
@@ -68,11 +69,12 @@ def test_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
     assert Rate(1.0, 0, 10, 0.1, 0.0)(0) == 1.0, "no warm-up"
 
 
-@pytest.mark.parametrize("module", [S4D("tiny", CLASSES, CLASSES), MaskedAutoencoder("tiny")])
-def test_vectors_have_no_weight_decay_and_layers_their_own_learning_rate(module):
-    depth = module.size.depth
-    groups = decayed(module.named_parameters(), 0.05, lambda name: 0.75 ** (depth + 1 - finetune.layer_of(name, depth)))
-    of = {id(p): group for group in groups for p in group["params"]}
+@pytest.mark.parametrize("script, module", [(finetune, S4D("tiny", CLASSES, CLASSES)),
+                                            (pretrain, MaskedAutoencoder("tiny"))])
+def test_vectors_have_no_weight_decay_and_layers_their_own_learning_rate(script, module):
+    args = script.settings().parse_args(["--weight-decay", "0.05"])
+    optimizer, _ = script.optimisation(args, module, 10)
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(of) == len(list(module.parameters()))
     for name, parameter in module.named_parameters():
         vector = name.endswith("bias") or "norm" in name or name == "mask_token"
@@ -106,7 +108,7 @@ def test_a_fine_tuned_file_starts_another_fine_tuning_without_a_flag(tmp_path, f
     assert "made new: head\n" in said and "experts as in that file" in said
     record, = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
     assert record["gates"].keys() == {"image", "video"} and record["gates"]["video"].keys() == {"3"}
-    assert all(len(gates["3"]["share"]) == 4 and sum(gates["3"]["share"]) == pytest.approx(1, abs=1e-3)
+    assert all(len(gates["3"]) == 4 and sum(gates["3"]) == pytest.approx(1, abs=1e-3)
                for gates in record["gates"].values())
 
 
