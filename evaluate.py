@@ -5,7 +5,7 @@ predictions, features and experts come from; then comes the command. Below the l
 one's own videos, and what --report shows: analyses, and figures as text.
 
     python evaluate.py --checkpoint runs/dfew/fold1/last.pt           on the test data of its fold
-    python evaluate.py --dataset dfew --folds runs/dfew/*/last.pt     five folds' predictions as one
+    python evaluate.py --dataset dfew --folds runs/dfew/fold?/last.pt     five folds as one
     python evaluate.py --checkpoint runs/dfew/fold1/last.pt --report out        out/report.html
     python evaluate.py --checkpoint runs/dfew/fold1/last.pt FILE ...  one's own videos and images
 

@@ -222,11 +222,11 @@ class Layer(nn.Module):
 class ViT(nn.Module):
     """The encoder of both stages: patch embedding, positions and layers, without a class token.
 
-    size: a Size. experts: {i: module}, a mixture of experts for layer i (see MoAE below; stage 1
+    size: a Size. mixtures: {i: module}, a mixture of experts for layer i (see MoAE below; stage 1
     has none). final_norm: stage 1 ends in a LayerNorm; stage 2 has one after the mean of tokens.
     """
 
-    def __init__(self, size, experts, final_norm=False):
+    def __init__(self, size, mixtures, final_norm=False):
         super().__init__()
         self.size = size
         self.patch_embed = PatchEmbed(size)
@@ -234,7 +234,7 @@ class ViT(nn.Module):
         self.register_buffer("positions", table, persistent=False)
         self.blocks = nn.Sequential()
         for i in range(size.depth):
-            self.blocks.append(Layer(size.width, size.heads, experts.get(i)))
+            self.blocks.append(Layer(size.width, size.heads, mixtures.get(i)))
         self.norm = nn.LayerNorm(size.width, eps=1e-6) if final_norm else nn.Identity()
 
     def encode(self, patches, positions):
@@ -255,8 +255,8 @@ def masked_tokens(tokens: int, ratio: float) -> int:
 
 def random_mask(batch: int, tokens: int, ratio: float, device="cpu") -> Tensor:
     """Uniformly random masks (B, N), True = hidden, of the same number in every sample."""
-    order = torch.rand(batch, tokens, device=device).argsort(dim=1)
-    rank = order.argsort(dim=1)         # of each token in this order
+    shuffled = torch.rand(batch, tokens, device=device).argsort(dim=1)
+    rank = shuffled.argsort(dim=1)      # of each token among those shuffled
     return rank < masked_tokens(tokens, ratio)
 
 
@@ -268,7 +268,7 @@ class MaskedAutoencoder(nn.Module):
         self.architecture = {"size": size}
         self.size = SIZES[size]
         width = self.size.decoder_width
-        self.encoder = ViT(self.size, experts={}, final_norm=True)
+        self.encoder = ViT(self.size, mixtures={}, final_norm=True)
         self.encoder_to_decoder = nn.Linear(self.size.width, width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         table = sincos_table(self.size.tokens("video"), width)
