@@ -589,7 +589,8 @@ class RunFolder:
             raise UserError(f"{self.last} is no last.pt of a run: it has no optimizer")
         then, now = self.saved["identity"], self.identity
         if args.precision is None:          # and not what is faster here
-            process.precision = now["precision"] = then["precision"]
+            process.precision = then.get("precision", process.precision)
+            now["precision"] = process.precision
             process.reason = "as the run began"
         if "pretrained fingerprint" in then:    # that file may be gone
             now.setdefault("pretrained fingerprint", then["pretrained fingerprint"])
