@@ -142,10 +142,10 @@ class ReconstructionLoss(nn.Module):
 # ---------------------------------------------------------------------- the loop of both stages
 
 def train(process, args, folder, model, objective, optimizer, rate, data, test=None):
-    """Train `model` through `objective`, a module from (x, labels) to the loss. Returns `state`, all
-    there is of a run beside weights and moments: what is random follows from the seed, the epoch,
-    the step and the micro-batch. test() gives scores of the model as it is. UserError, with the
-    weights as they were, if the loss or its gradient is not finite."""
+    """Train `model` through `objective`, a module from (x, labels) to the loss. Returns `state`:
+    all there is of a run beside weights and moments, as what is random follows from the seed, the
+    epoch, the step and the micro-batch. test() gives scores of the model as it is. UserError, with
+    the weights as they were, if the loss or its gradient is not finite."""
     new = dict(epoch=0, step=0, losses=[], best=None, left_out={})
     state = folder.load(model, optimizer) or new
     order = deal(data.sources, args.seed, args.epochs, process.rank, process.world,
