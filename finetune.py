@@ -228,14 +228,14 @@ class JointLoss(nn.Module):
             x = mixed.view_as(x)
         logits = at_least_fp32(self.model(x))                       # (B, C)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # The loss of the other source is 0, and so is its head's gradient, which is not None: DDP
-        # waits for it, and AdamW's decay and moments go on, as released
+        # 0, but it gives the other source's head a gradient, of 0: DDP waits for one, and AdamW's
+        # decay and moments go on, as released
         zero = 0 * sum(p.sum() for p in self.model.head.parameters())
         loss_image = loss if m == "image" else zero
         loss_video = loss if m == "video" else zero
         alpha = 1 if m == "video" else 0
         # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic
-        # expressions: images and videos
+        # expressions: images and videos. So it is the loss of the batch's own source
         total = (1 - alpha) * loss_image + alpha * loss_video
         return total
 

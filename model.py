@@ -330,8 +330,7 @@ def normalised_target(patches: Tensor):
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # As released, 1e-6 is added to the variance of pixels in [0, 1]. `values` are such pixels
-    # divided by std, so that their variance is divided by std^2, and the 1e-6 as well.
+    # The released 1e-6 is added to a variance of pixels in [0, 1]; `values` are these over std.
     std = channel_values(IMAGE_STD, values.device)
     deviation = (variance + 1e-6 / std.square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation

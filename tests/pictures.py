@@ -101,7 +101,7 @@ def token_picture(face: torch.Tensor, patch: int, row: int, column: int, gates: 
     parts = [
         picture(face, 8, middle - 72, 144),
         box(8 + side * column, middle - 72 + side * row, side, side, "", "none", "white", 'stroke-width="3"'),
-        text(8, middle + 92, f"one token: row {row + 1}, column {column + 1}", "start"),
+        text(8, middle + 92, f"token {row * (face.shape[-1] // patch) + column}", "start"),
         # Eq. (10)
         path((152, middle), (190, middle)), text(166, middle - 14, "x"),
         box(191, middle - 28, 70, 56), text(226, middle - 11, "LN"), text(226, middle + 11, "MHSA"),

@@ -22,6 +22,7 @@ def test_the_first_screen_has_the_commands_the_files_and_where_to_go_on():
     screen = "\n".join(README.splitlines()[:55])
     assert "pretrain.py --dataset synthetic" in command(1) and command(1) in screen
     assert "pytest" in command(2) and command(2) in screen
+    assert command(1).splitlines()[0].endswith("pip install -r requirements.txt && \\")  # .ci/run takes it, too
     for file in (*FILES, "tests/lesson.md", "tests/data.md", "tests/paper.md", "tests/benchmark.md"):
         assert f"]({file})" in screen
 
