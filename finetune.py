@@ -227,17 +227,12 @@ class JointLoss(nn.Module):
             mixed, labels = self.mix[m](x.flatten(1, -3), labels)   # labels: (B, C) from here on
             x = mixed.view_as(x)
         logits = at_least_fp32(self.model(x))                       # (B, C)
+        # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of images and of videos, where alpha
+        # is 0 or 1: it is the loss of the batch's own source
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # 0, but it gives the other source's head a gradient, of 0: DDP waits for one, and AdamW's
-        # decay and moments go on, as released
-        zero = 0 * sum(p.sum() for p in self.model.head.parameters())
-        loss_image = loss if m == "image" else zero
-        loss_video = loss if m == "video" else zero
-        alpha = 1 if m == "video" else 0
-        # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of static and of dynamic
-        # expressions: images and videos. So it is the loss of the batch's own source
-        total = (1 - alpha) * loss_image + alpha * loss_video
-        return total
+        # The other source's head gets a gradient of 0 instead of none: DDP waits for one, and
+        # AdamW's decay and moments go on, as released
+        return loss + 0 * sum(p.sum() for p in self.model.head.parameters())
 
 
 if __name__ == "__main__":

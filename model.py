@@ -256,7 +256,7 @@ def masked_tokens(tokens: int, ratio: float) -> int:
 def random_mask(batch: int, tokens: int, ratio: float, device="cpu") -> Tensor:
     """Uniformly random masks (B, N), True = hidden, of the same number in every sample."""
     shuffled = torch.rand(batch, tokens, device=device).argsort(dim=1)
-    rank = shuffled.argsort(dim=1)      # of each token among those shuffled
+    rank = shuffled.argsort(dim=1)      # of each token, when all are shuffled: its place in line
     return rank < masked_tokens(tokens, ratio)
 
 
@@ -352,7 +352,7 @@ class NoisyTopKGate(nn.Module):
 
     def forward(self, x):
         """(..., d) -> weights of the chosen experts, which sum to 1, and their numbers, (..., k)"""
-        # Eq. (4): G(x) = Softmax(x W_g). Here are the scores x W_g, below the softmax of k.
+        # Eq. (4): G(x) = Softmax(x W_g). Here only x W_g; the softmax, of k scores, comes last.
         logits = at_least_fp32(self.topkroute_linear(x))        # (..., n)
         if self.training:
             sigma = self.sigma
@@ -373,7 +373,7 @@ class MoAE(nn.Module):
         super().__init__()
         self.residual = residual
         self.router = NoisyTopKGate(width, experts, k, sigma)
-        self.experts = nn.ModuleList(Mlp(width, inner) for _ in range(experts))
+        self.experts = nn.ModuleList(Mlp(width, inner) for _ in range(experts))  # without that x
 
     def forward(self, x):
         weights, chosen = self.router(x)                        # Eqs. (4) to (6), (B, N, k) each
@@ -445,7 +445,7 @@ class S4D(ViT):
                     nn.init.zeros_(module.bias)
 
     def features(self, x):
-        """The representation Phi before the heads: normalised images or videos -> (B, d)"""
+        """What the heads see: normalised images or videos -> (B, d)"""
         patches = patchify(x, self.size)                        # (B, N, P)
         z = self.encode(patches, self.positions[:patches.shape[1]])  # (B, N, d)
         return self.fc_norm(z.mean(dim=1))

@@ -150,7 +150,7 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
     state = folder.load(model, optimizer) or new
     order = deal(data.sources, args.seed, args.epochs, process.rank, process.world,
                  state["epoch"], state["step"])
-    batches = iter(loader(data, args.workers, batch_size=None, sampler=order))
+    micro_batches = iter(loader(data, args.workers, batch_size=None, sampler=order))
     compile_layers(model, args.compile)
     ddp = DistributedDataParallel(objective) if process.world > 1 else objective
     steps = rate.steps // args.epochs
@@ -168,7 +168,7 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
 
             # Forward and backward: this process's micro-batches, whose weighted losses add up
             total = torch.zeros((), device=process.device)
-            for micro, x, labels, errors in batches:
+            for micro, x, labels, errors in micro_batches:
                 leave_out(errors, data.sources[micro.modality].samples, state["left_out"])
                 torch.manual_seed(micro.seed)                   # of masks, mixing and gate noise
                 x = to_float(process.upload(x))
