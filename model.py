@@ -137,7 +137,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, size.width, kernel_size=kernel, stride=kernel)
 
     def forward(self, patches):
-        # As stride = kernel, a matrix product does the same, and can leave out the hidden tokens.
+        # As stride = kernel, a matrix product does the same, and of any choice of the tokens.
         weight = self.proj.weight.permute(0, 2, 3, 4, 1)        # values in patchify's order
         weight = weight.flatten(1)                              # (d, P)
         return F.linear(patches, weight, self.proj.bias)
@@ -256,7 +256,7 @@ def masked_tokens(tokens: int, ratio: float) -> int:
 def random_mask(batch: int, tokens: int, ratio: float, device="cpu") -> Tensor:
     """Uniformly random masks (B, N), True = hidden, of the same number in every sample."""
     shuffled = torch.rand(batch, tokens, device=device).argsort(dim=1)
-    rank = shuffled.argsort(dim=1)      # of each token, when all are shuffled: its place in line
+    rank = shuffled.argsort(dim=1)      # argsort of an argsort: each token's rank
     return rank < masked_tokens(tokens, ratio)
 
 
@@ -320,17 +320,17 @@ class MaskedAutoencoder(nn.Module):
 
 
 def normalised_target(patches: Tensor):
-    """What the decoder must predict: pixels in [0, 1], normalised by the mean and deviation of
-    their own patch and channel.
+    """What the decoder must predict: each patch minus its mean, over its deviation, by channel. So
+    it makes no difference that `patches` are normalised with IMAGE_MEAN and IMAGE_STD already.
 
-    patches: (B, N - V, P), normalised with IMAGE_MEAN and IMAGE_STD. Returns the target
-    (B, N - V, P) and, to undo it, mean and deviation in units of `patches`, (B, N - V, 1, 3) each.
+    patches: (B, N - V, P). Returns the target (B, N - V, P) and, to undo it, mean and deviation
+    in units of `patches`, (B, N - V, 1, 3) each.
     """
     values = at_least_fp32(patches).unflatten(-1, (-1, 3))      # (B, N - V, P / 3, 3)
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # The released 1e-6 is added to a variance of pixels in [0, 1]; `values` are these over std.
+    # The released 1e-6, against division by 0, is for pixels in [0, 1]; ours are these over std.
     std = channel_values(IMAGE_STD, values.device)
     deviation = (variance + 1e-6 / std.square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
@@ -390,7 +390,8 @@ class MoAE(nn.Module):
         gates = gates.scatter(-1, chosen, weights.to(gelu.dtype))
         # Eq. (7): MoE(x) = sum_i G_i E_i(x). In Eq. (9) the experts E_i are the adapters, so it is
         #     sum_i G_i x + sum_i W_2i (G_i GELU_i) + sum_i G_i b_2i.
-        # The first sum is x, as the G_i sum to 1. The second is a single matrix product.
+        # The first sum is x, as the G_i sum to 1. The second is a single matrix product, which
+        # sums over i, too, as all W_2i lie side by side in w2.
         gated = (gates[..., None] * gelu).flatten(-2)           # (B, N, n r)
         out = F.linear(gated, w2) + gates @ b2                  # (B, N, d)
         return x + out if self.residual else out

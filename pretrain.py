@@ -175,7 +175,7 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
                 ddp.require_backward_grad_sync = micro.is_last  # DDP adds gradients up once a step
                 with process.autocast():
                     loss = micro.weight * ddp(x, process.upload(labels))
-                (loss * process.world).backward()               # DDP averages over the processes
+                (loss * process.world).backward()               # DDP averages, weights want a sum
                 total += loss.detach()
                 if micro.is_last:
                     break
