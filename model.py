@@ -96,10 +96,10 @@ def modality(x: Tensor) -> str:
 
 
 def patchify(x: Tensor, size: Size) -> Tensor:
-    """Cut a batch into tubelets, one row of pixels per token.
+    """Cut a batch into patches (tubelets), one row of pixels for each.
 
-    x: (B, 3, H, W) or (B, 3, T, H, W). Returns (B, N, P), tokens in the order (time slot, row,
-    column), the values inside a token in the order (frame, row, column, channel). An image is
+    x: (B, 3, H, W) or (B, 3, T, H, W). Returns (B, N, P), patches in the order (time slot, row,
+    column), the values inside a patch in the order (frame, row, column, channel). An image is
     repeated to fill a time slot, Section IV-B. ValueError for a batch of another shape.
     """
     if modality(x) == "image":
@@ -137,7 +137,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, size.width, kernel_size=kernel, stride=kernel)
 
     def forward(self, patches):
-        # As stride = kernel, a matrix product does the same, and of any choice of the tokens.
+        # As stride = kernel, a matrix product gives the same, of a choice of patches, too.
         weight = self.proj.weight.permute(0, 2, 3, 4, 1)        # values in patchify's order
         weight = weight.flatten(1)                              # (d, P)
         return F.linear(patches, weight, self.proj.bias)
@@ -330,7 +330,7 @@ def normalised_target(patches: Tensor):
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # The released 1e-6, against division by 0, is for pixels in [0, 1]; ours are these over std.
+    # 1e-6 against division by 0, as released: of pixels in [0, 1], which here are over std.
     std = channel_values(IMAGE_STD, values.device)
     deviation = (variance + 1e-6 / std.square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
@@ -373,7 +373,8 @@ class MoAE(nn.Module):
         super().__init__()
         self.residual = residual
         self.router = NoisyTopKGate(width, experts, k, sigma)
-        self.experts = nn.ModuleList(Mlp(width, inner) for _ in range(experts))  # without that x
+        # Each is Eq. (8) without its x.
+        self.experts = nn.ModuleList(Mlp(width, inner) for _ in range(experts))
 
     def forward(self, x):
         weights, chosen = self.router(x)                        # Eqs. (4) to (6), (B, N, k) each
@@ -385,13 +386,13 @@ class MoAE(nn.Module):
         b2 = torch.stack([expert.fc2.bias for expert in self.experts])      # (n, d)
         # Eq. (8): Adapter_i(x) = x + W_2i GELU(W_1i x + b_1i) + b_2i. Here are all n GELUs.
         gelu = F.gelu(F.linear(x, w1, b1))                      # (B, N, n r)
-        gelu = gelu.unflatten(-1, (len(b2), -1))                # (B, N, n, r)
-        gates = torch.zeros_like(gelu[..., 0])                  # G(x), (B, N, n)
+        gelu = gelu.unflatten(-1, (len(self.experts), -1))      # (B, N, n, r)
+        gates = gelu.new_zeros(gelu.shape[:-1])                 # G(x), (B, N, n)
         gates = gates.scatter(-1, chosen, weights.to(gelu.dtype))
         # Eq. (7): MoE(x) = sum_i G_i E_i(x). In Eq. (9) the experts E_i are the adapters, so it is
-        #     sum_i G_i x + sum_i W_2i (G_i GELU_i) + sum_i G_i b_2i.
-        # The first sum is x, as the G_i sum to 1. The second is a single matrix product, which
-        # sums over i, too, as all W_2i lie side by side in w2.
+        #     sum_i G_i x + sum_i W_2i (G_i GELU_i) + sum_i G_i b_2i,
+        # as the number G_i commutes with W_2i. The first sum is x, as the G_i sum to 1. The second
+        # is one product: the W_2i lie side by side in w2, and the G_i GELU_i in one column.
         gated = (gates[..., None] * gelu).flatten(-2)           # (B, N, n r)
         out = F.linear(gated, w2) + gates @ b2                  # (B, N, d)
         return x + out if self.residual else out

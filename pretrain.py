@@ -180,11 +180,7 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
                 if micro.is_last:
                     break
 
-            # One sum over the processes, and the step's one wait for the device: the loss, the norm
-            # of its gradient (clipped by --clip-grad alone), and whether any was told to stop
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-            numbers = [total, norm / process.world, total.new_full((), process.signal)]
-            loss, norm, stop = process.sum(torch.stack(numbers)).tolist()
+            loss, norm, stop = clip_and_sum(process, model, args.clip_grad, total)
             if not math.isfinite(loss + norm):
                 raise not_finite(loss, norm, epoch, step, data.sources[micro.modality], micro)
             optimizer.step()
@@ -200,6 +196,14 @@ def train(process, args, folder, model, objective, optimizer, rate, data, test=N
                 process.leave()
         end_epoch(process, args, folder, model, optimizer, state, began, test)
     return state
+
+
+def clip_and_sum(process, model, clip_grad: float | None, loss: torch.Tensor) -> list[float]:
+    """Clip the gradient, if asked to. Returns the loss, the norm of the gradient, and whether any
+    process was told to stop: the step's one sum over the processes, and one wait for the device."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+    numbers = [loss, norm / process.world, loss.new_full((), process.signal)]
+    return process.sum(torch.stack(numbers)).tolist()
 
 
 def end_epoch(process, args, folder, model, optimizer, state: dict, began: float, test) -> None:
