@@ -223,7 +223,7 @@ class JointLoss(nn.Module):
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         m = modality(x)
         if torch.rand(()) < self.mixing:
-            # torchvision mixes images: a clip's frames are taken for further channels of one
+            # torchvision mixes images: (B, 3, T, H, W) is taken for images of 3 T channels
             mixed, labels = self.mix[m](x.flatten(1, -3), labels)   # labels: (B, C) from here on
             x = mixed.view_as(x)
         logits = at_least_fp32(self.model(x))                       # (B, C)

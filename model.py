@@ -137,7 +137,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, size.width, kernel_size=kernel, stride=kernel)
 
     def forward(self, patches):
-        # As stride = kernel, a matrix product gives the same, of a choice of patches, too.
+        # As stride = kernel, a matrix product gives the same, and can leave patches out.
         weight = self.proj.weight.permute(0, 2, 3, 4, 1)        # values in patchify's order
         weight = weight.flatten(1)                              # (d, P)
         return F.linear(patches, weight, self.proj.bias)
@@ -238,7 +238,8 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(size.width, eps=1e-6) if final_norm else nn.Identity()
 
     def encode(self, patches, positions):
-        """Tokens (B, V, P), their rows of the table (V, d) or (B, V, d) -> (B, V, d)"""
+        """Patches (B, V, P) and their rows of the table, (B, V, d), or (V, d) where all samples
+        have the same -> (B, V, d)"""
         x = self.patch_embed(patches) + positions
         return self.norm(self.blocks(x))
 
@@ -330,7 +331,7 @@ def normalised_target(patches: Tensor):
     mean = values.mean(dim=2, keepdim=True)
     centred = values - mean
     variance = centred.square().sum(dim=2, keepdim=True) / (values.shape[2] - 1)  # unbiased
-    # 1e-6 against division by 0, as released: of pixels in [0, 1], which here are over std.
+    # As released, 1e-6 is added to the variance of pixels in [0, 1]. Ours are divided by std.
     std = channel_values(IMAGE_STD, values.device)
     deviation = (variance + 1e-6 / std.square()).sqrt()
     return (centred / deviation).flatten(2), mean, deviation
@@ -392,7 +393,7 @@ class MoAE(nn.Module):
         # Eq. (7): MoE(x) = sum_i G_i E_i(x). In Eq. (9) the experts E_i are the adapters, so it is
         #     sum_i G_i x + sum_i W_2i (G_i GELU_i) + sum_i G_i b_2i,
         # as the number G_i commutes with W_2i. The first sum is x, as the G_i sum to 1. The second
-        # is one product: the W_2i lie side by side in w2, and the G_i GELU_i in one column.
+        # is one product of w2, in which the W_2i lie side by side, with all G_i GELU_i in a row.
         gated = (gates[..., None] * gelu).flatten(-2)           # (B, N, n r)
         out = F.linear(gated, w2) + gates @ b2                  # (B, N, d)
         return x + out if self.residual else out
