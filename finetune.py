@@ -221,10 +221,10 @@ class JointLoss(nn.Module):
             self.mix[m] = v2.RandomChoice([mixup, cutmix])
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        m = modality(x)
         if torch.rand(()) < self.mixing:
-            # torchvision mixes images: (B, 3, T, H, W) is taken for images of 3 T channels
-            mixed, labels = self.mix[m](x.flatten(1, -3), labels)   # labels: (B, C) from here on
+            # torchvision mixes images: (B, 3, T, H, W) is taken for images of 3 T channels.
+            # Labels are (B, C) from here on.
+            mixed, labels = self.mix[modality(x)](x.flatten(1, -3), labels)
             x = mixed.view_as(x)
         logits = at_least_fp32(self.model(x))                       # (B, C)
         # Eq. (3): L_total = (1 - alpha) L_SFER + alpha L_DFER, of images and of videos, where alpha
